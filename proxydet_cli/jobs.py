@@ -107,7 +107,7 @@ def check_job(
     engine: Engine,
     module: str,
 ) -> Shard:
-    """Check what can be checked before a detector is opened, remove the job that is to be replaced, and begin to load workers.
+    """Check what can be checked before a detector is opened, and begin to load workers.
 
     Args:
         folder: Of the job.
@@ -124,11 +124,10 @@ def check_job(
 
     Raises:
         ConfigError: Options contradict each other, or videos are among the sources.
-        LockedError: A process runs the job that is to be replaced.
         RuntimeEnvironmentError: Files cannot be saved in the folder.
     """
     from proxydet.errors import ConfigError
-    from proxydet.inference.sharded import Shard, load_ahead, remove_job
+    from proxydet.inference.sharded import Shard, load_ahead
     from proxydet.inference.sources import is_video
     from proxydet.inference.writers import check_folder
 
@@ -149,8 +148,6 @@ def check_job(
             "--overwrite with --shard would remove what other shards have done",
             hint="remove the folder, or choose another one with --output",
         )
-    if overwrite:
-        remove_job(folder)
     if (workers or gpus or 1) > 1 and engine is Engine.processes:
         load_ahead(module)
     return chosen
@@ -166,6 +163,7 @@ def run_command_job(
     identity: dict[str, Any],
     parts: PartFormat,
     shard: Shard,
+    overwrite: bool,
     workers: int | None,
     gpus: int | None,
     engine: Engine,
@@ -185,6 +183,7 @@ def run_command_job(
         identity: What the results depend on; see `open_job`.
         parts: How results are written.
         shard: Which parts.
+        overwrite: Replace the job that is there, once the images of the new one are found.
         workers: Processes; None: one, or ``gpus``.
         gpus: GPUs; None: ``workers``.
         engine: What runs the workers.
@@ -220,6 +219,7 @@ def run_command_job(
             parts=parts,
             part_images=part_size,
             stdin=stdin,
+            overwrite=overwrite,
             progress=progress,
         )
     if job.left_out:

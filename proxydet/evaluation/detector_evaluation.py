@@ -46,7 +46,7 @@ from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.files import Lock, read_json, remove_cut_line, staged, write_errors, write_json
 from proxydet.inference.pipeline import WriteBehind, Writer, run_images
-from proxydet.modeling.config import InferenceConfig
+from proxydet.modeling.config import InferenceConfig, with_later_settings
 from proxydet.modeling.postprocess import Prediction, mask_edges, rles, to_host
 from proxydet.modeling.weights import weights_digest
 from proxydet.reporting import SILENT, Progress
@@ -122,10 +122,8 @@ class PredictionFolder:
         if isinstance(inside, dict):
             if "masks" in inside:  # as version 0.1 wrote it
                 theirs["masks"] = inside.pop("masks")
-            # Settings that came later change nothing at their defaults.
-            defaults = json.loads(json.dumps(dataclasses.asdict(InferenceConfig())))
-            known = identity.get("inference settings", {}).keys() & defaults.keys()
-            theirs["inference settings"] = {name: defaults[name] for name in known} | inside
+            mine = identity.get("inference settings", {})
+            theirs["inference settings"] = with_later_settings(inside, mine)
         with_masks = bool(theirs.pop("masks", masks))
         if theirs == identity:
             if masks and not with_masks:

@@ -70,6 +70,11 @@ class DetectionWork:
         return [Detections(prediction, self.vocabulary.reported) for prediction in found]
 
     @property
+    def large(self) -> bool:
+        """Whether images are cut into tiles: the network is given batches of those."""
+        return bool(self.settings.tiles)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the results depend on, besides the images: digests and settings, as JSON values."""
         settings = {**dataclasses.asdict(self.settings), "sides": self.detector.sides}
@@ -196,8 +201,11 @@ class ParquetParts:
 
 def columns(row: Row) -> dict[str, Any]:
     """Return a row with the columns of `ParquetParts`, as plain Python values; of an error all lists are empty."""
-    # A name that is not UTF-8 is written with its escapes, for no format of tables has such text.
-    name = row.image.name.encode("utf-8", "backslashreplace").decode()
+    # A name that is not UTF-8 is written with its escapes, in errors too, for no format of tables has such text.
+    name, error = (
+        None if text is None else text.encode("utf-8", "backslashreplace").decode()
+        for text in (row.image.name, row.error)
+    )
     found: Detections | None = row.content
     height, width = (None, None) if found is None else found.image_size
     return {
@@ -211,7 +219,7 @@ def columns(row: Row) -> dict[str, Any]:
         "masks": [rle["counts"] for rle in found.rles]
         if found is not None and found.has_masks
         else [],
-        "error": row.error,
+        "error": error,
     }
 
 
@@ -246,9 +254,10 @@ class DetectRows:
             to the last bit.
         device: ``"cpu"``, ``"cuda"``, ...; ``"auto"``: a GPU where there is one.
         column: Which column has the images; None: ``image``, ``bytes``, ``path`` or ``file``, the first that is there.
-        channel_order: Of arrays.
+        channel_order: Of arrays: ``"rgb"`` or ``"bgr"``.
 
     Raises:
+        ConfigError: An option is none of its values.
         InputError: The detector or the classes cannot be used.
     """
 
@@ -268,6 +277,8 @@ class DetectRows:
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+        if channel_order not in ("rgb", "bgr"):
+            raise ConfigError(f'channel_order is {channel_order!r}; it can be "rgb" or "bgr"')
         if not isinstance(detector, Detector):
             named = find_detector(run=None, weights=str(detector), config=None)
             detector = open_named(named, device=device)
@@ -293,8 +304,8 @@ class DetectRows:
 
         Returns:
             Of columns: a mapping of those that came, but for arrays and bytes of images, and those of `ParquetParts` (without
-            ``file``), each a list. Of a sequence: for each image a mapping of these. An image that cannot be read has its
-            ``error``, and empty lists.
+            ``file``), each a list. Of a sequence: for each image a mapping of these. An image that cannot be read, or a value
+            that is not an image (null, an array of another shape or type), has its ``error``, and empty lists.
 
         Raises:
             InputError: There is no column of images.
@@ -310,7 +321,7 @@ class DetectRows:
                 hint="name the column of the images: column='...'",
             )
         images = list(batch[column])
-        named = images and isinstance(images[0], str | Path)
+        named = any(isinstance(image, str | Path) for image in images)
         kept = {k: v for k, v in batch.items() if named or k != column}
         rows = [content for _, content in self._rows(images)]
         names = columns(Row(SourceImage(""), None, "")).keys() - {"file"}
@@ -324,12 +335,23 @@ class DetectRows:
                 return self._work.prepare(read_image(bytes(image)))
             if isinstance(image, str | Path):
                 return self._work.prepare(SourceImage(str(image)).read())
-            if not isinstance(image, Image.Image):
-                image = np.ascontiguousarray(image)
-            return self._work.prepare(as_pixels(image, self._order))  # type: ignore[arg-type]
+            if image is None:
+                raise DataError("there is no image: the value is null")
+            try:
+                if not isinstance(image, Image.Image):
+                    image = np.ascontiguousarray(image)
+                pixels = as_pixels(image, self._order)  # type: ignore[arg-type]
+            except (InputError, TypeError, ValueError) as error:
+                what = error.message if isinstance(error, InputError) else f"not an image: {error}"
+                raise DataError(what) from error
+            return self._work.prepare(pixels)
 
         running = run_images(
-            images, read, self._work.run, batch_size=self._batch_size, shape=self._work.shape
+            images,
+            read,
+            self._work.run,
+            batch_size=1 if self._work.large else self._batch_size,
+            shape=None if self._work.large else self._work.shape,
         )
         for image, made in running:
             error = made.message if isinstance(made, DataError) else None

@@ -6,6 +6,7 @@ What is done with an image is an argument, as is the form of the results::
         def prepare(self, pixels): ...                # uint8 (H, W, 3) RGB -> what `run` takes; threads call it
         def shape(self, prepared): ...                # images of equal shape share a batch
         def run(self, batch): ...                     # list of prepared -> content of each image, in their order
+        large = False                                 # whether few images, as a whole, fit into memory
 
     class Parts:                                      # a PartFormat: picklable; writes the results of some images
         name, suffix = "mine", ".npz"
@@ -24,9 +25,9 @@ The folder of a job::
     shards/0-of-8.lock      held by the process that runs the shard
 
 A part is computed as a whole by one process, from the plan alone: which process, on how many machines, in what order and
-after how many interruptions makes no difference to it. A part counts as finished when a line says so and its file has the
-size that the line says, so that a killed process costs the parts that it worked on, nothing is computed twice and nothing
-is lost. Images that a store did not hand out are tried again when the job is continued; an image that cannot be read is a
+after how many interruptions makes no difference to it. A part counts as finished when a line of this very job says so and its
+file has the size and digest that the line says, so that a killed process costs the parts that it worked on, nothing is computed
+twice and nothing is lost. Images that a store did not hand out are tried again when the job is continued; an image that cannot be read is a
 row with its error.
 """
 
@@ -71,6 +72,7 @@ from proxydet.files import (
     JsonLines,
     Lock,
     build_once,
+    read_errors,
     read_json,
     sha256,
     staged,
@@ -79,6 +81,7 @@ from proxydet.files import (
 )
 from proxydet.inference.pipeline import READERS, run_images
 from proxydet.inference.sources import SourceImage, stream_images
+from proxydet.modeling.config import with_later_settings
 from proxydet.reporting import SILENT, Progress
 from proxydet.wording import counted, first_of
 
@@ -108,6 +111,10 @@ class ImageWork(Protocol):
 
     def run(self, batch: list[Any]) -> Sequence[Any]:
         """Return the content of each image's row."""
+
+    @property
+    def large(self) -> bool:
+        """Whether images are too large for many to be in memory: each is run by itself, and few are read ahead."""
 
 
 OpenWork: TypeAlias = Callable[[int], ImageWork]
@@ -143,6 +150,7 @@ class PartRecord(msgspec.Struct, kw_only=True, frozen=True):
 
     Attributes:
         part: Its number.
+        job: Digest of the job that it is of (`Job.digest`).
         images: Rows in it.
         objects: Detections, or what the work finds, in all of them.
         errors: Images that could not be read, those that a store did not hand out among them.
@@ -154,6 +162,7 @@ class PartRecord(msgspec.Struct, kw_only=True, frozen=True):
     """
 
     part: int
+    job: str
     images: int
     objects: int
     errors: int
@@ -242,6 +251,7 @@ class Job:
         left_out: Files that are not images, by kind.
         root: Absolute path that relative names of images start from.
         offsets: Where each part begins in the plan, in bytes.
+        digest: Of what is computed from which plan: parts of another digest are not of this job.
         planned: Whether it was planned just now, not continued.
     """
 
@@ -252,6 +262,7 @@ class Job:
     left_out: Counter[str]
     root: str
     offsets: Sequence[int]
+    digest: str
     planned: bool = False
 
     def plan(self, part: int) -> list[SourceImage]:
@@ -275,7 +286,7 @@ class Job:
         return self.folder / "parts" / f"{part:06d}{self.parts.suffix}"
 
     def finished(self) -> dict[int, PartRecord]:
-        """Return what is known of each finished part; those whose file is gone, or of another size, are not."""
+        """Return what is known of each finished part; those of another job, or whose file is gone or of another size, are not."""
         found: dict[int, PartRecord] = {}
         sizes = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / "parts") as entries:
@@ -284,7 +295,7 @@ class Job:
             for line in JsonLines(ledger).read(then="their parts are computed again"):
                 with contextlib.suppress(msgspec.ValidationError):
                     record = msgspec.convert(line, PartRecord)
-                    inside = 0 <= record.part < len(self.offsets)
+                    inside = record.job == self.digest and 0 <= record.part < len(self.offsets)
                     if inside and sizes.get(self.file(record.part).name) == record.bytes:
                         found[record.part] = record
         return found
@@ -298,6 +309,7 @@ def open_job(
     parts: PartFormat,
     part_images: int | None = None,
     stdin: Path | None = None,
+    overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Job:
     """Continue the job of a folder, or plan one where there is none; of several processes that come at once one plans.
@@ -309,15 +321,18 @@ def open_job(
         folder: Of the job; made when it is not there.
         sources: As for `stream_images`.
         identity: What is computed: digests of detector and vocabulary, settings; values that JSON has. A folder with a job
-            of another identity is refused.
+            of another identity is refused. ``settings`` of `InferenceConfig` that came after the job was planned count as its
+            defaults.
         parts: How results are written.
         part_images: Images in a part; None: `LARGEST_PART`, fewer in a job of less than 64 such parts.
         stdin: The list that came on stdin, where ``-`` is among the sources.
+        overwrite: Plan one in any case; the job that is there is removed (`remove_job`) when the new one's images are found.
         progress: Where planning is shown.
 
     Raises:
-        ConfigError: The folder has a job that computes something else, or from other sources.
-        DataError: As of `stream_images`; no images were found.
+        ConfigError: The folder has a job that computes something else, or from other sources, or results without their job.
+        DataError: As of `stream_images`; no images were found; the plan is not the one that the job was planned with.
+        LockedError: A process runs the job that is to be replaced.
         RuntimeEnvironmentError: The folder cannot be written to.
     """
     root = os.getcwd()  # noqa: PTH109 what names are joined with
@@ -340,14 +355,25 @@ def open_job(
     def build(_: Path) -> None:
         nonlocal planned
         planned = True
-        _plan(folder, sources, stated, root, part_images, stdin, progress)
+        _plan(folder, sources, stated, root, part_images, stdin, overwrite, progress)
 
-    build_once(path, build)
+    if overwrite:
+        with Lock(path.with_name(f"{path.name}.lock")):  # that of build_once
+            build(path)
+    else:
+        build_once(path, build)
     hint = "give another folder with --output, or replace the job that is there: --overwrite"
     content = read_json(path, what="job", hint=hint, error=DataError)
     if content.get("format") != _FORMAT:
         raise DataError(f"{path} is not a job of this version of proxydet", hint=hint, path=path)
-    there = {name: content.get(name) for name in stated}
+    there: dict[str, Any] = {name: content.get(name) for name in stated}
+    settings, mine = (
+        place["identity"].get("settings") if isinstance(place["identity"], dict) else None
+        for place in (there, stated)
+    )
+    if isinstance(settings, dict) and isinstance(mine, dict):
+        filled = with_later_settings(settings, mine)
+        there["identity"] = {**there["identity"], "settings": filled}
     if there != stated:
         was, now = _flat(there), _flat(stated)
         differing = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
@@ -362,6 +388,13 @@ def open_job(
             hint="leave the size of parts out to continue it",
             path=path,
         )
+    plan = folder / "images.jsonl"
+    with read_errors(plan, hint=f"put it back; or {hint}", error=DataError):
+        if not planned and sha256(plan) != content["plan_sha256"]:
+            raise ValueError("it is not the plan that the job began with")
+    named = {
+        name: content[name] for name in ("identity", "results", "root", "offsets", "plan_sha256")
+    }
     return Job(
         folder=folder,
         parts=parts,
@@ -370,6 +403,7 @@ def open_job(
         left_out=Counter(content["left_out"]),
         root=content["root"],
         offsets=content["offsets"],
+        digest=hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
         planned=planned,
     )
 
@@ -389,14 +423,33 @@ def _plan(
     root: str,
     part_images: int | None,
     stdin: Path | None,
+    overwrite: bool,
     progress: Progress,
 ) -> None:
+    if overwrite:
+        _require_idle(folder)
+    elif (strays := next(_files(folder), None)) is not None:
+        raise ConfigError(
+            f"{strays} is of a job whose {MANIFEST} is gone",
+            hint="put it back, give another folder with --output, or replace what is there: --overwrite",
+            path=folder,
+        )
     left_out: Counter[str] = Counter()
     images = duplicates = size = place = 0
     step = part_images or _SMALLEST_PART
     starts = array("q")
     target = folder / "images.jsonl"
     digest = hashlib.sha256()
+
+    def found() -> Iterator[SourceImage]:
+        try:
+            yield from stream_images(sources, left_out, stdin=stdin)
+        except OSError as error:
+            raise RuntimeEnvironmentError(
+                f"the images cannot be listed: {error}",
+                hint="check the disk that they are on, and that of temporary files, and run the same command again",
+            ) from error
+
     with (
         progress.task("finding images", unit="images") as task,
         _first_seen(folder, root) as is_new,
@@ -404,7 +457,7 @@ def _plan(
         write_errors(target),
         temporary.open("wb") as file,
     ):
-        for image in stream_images(sources, left_out, stdin=stdin):
+        for image in found():
             task.advance()
             if not is_new(image.name):
                 duplicates += 1
@@ -417,6 +470,8 @@ def _plan(
             images, size, place = images + 1, size + (image.size or 0), place + len(line)
         if images == 0:
             raise DataError("no images were found", hint="name files, folders or patterns")
+        if overwrite:
+            remove_job(folder)
     # Some dozens of parts at least, and of no more than so many images.
     steps = 1 if part_images else max(1, min(LARGEST_PART, -(-images // 64)) // step)
     write_json(
@@ -474,14 +529,23 @@ def remove_job(folder: Path) -> None:
         LockedError: A process runs a shard of it.
         RuntimeEnvironmentError: A file cannot be removed.
     """
-    for lock in (folder / "shards").glob("*.lock"):
-        Lock(lock, subject=f"the job in {folder}").require_free()
+    _require_idle(folder)
     with write_errors(folder / MANIFEST):
         (folder / MANIFEST).unlink(missing_ok=True)  # first: without it nothing else counts
-        for name in ("finished", "shards", "parts"):
-            for path in (folder / name).glob("*"):
-                path.unlink()
+        for path in [*_files(folder), *(folder / "shards").glob("*-of-*")]:
+            path.unlink(missing_ok=True)
         (folder / "images.jsonl").unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the ledgers, and the parts, those that a killed process left incomplete among them."""
+    for pattern in ("finished/*-of-*.jsonl", "parts/[0-9]*.*", "parts/.[0-9]*.*"):
+        yield from folder.glob(pattern)
+
+
+def _require_idle(folder: Path) -> None:
+    for lock in (folder / "shards").glob("*.lock"):
+        Lock(lock, subject=f"the job in {folder}").require_free()
 
 
 # --- Running -------------------------------------------------------------------------------------------------------------
@@ -588,6 +652,9 @@ def run_job(
         for part, record in list(records.items()):
             if record.unreachable or (retry_errors and record.errors):
                 del records[part]
+            elif not _is_whole(job.file(part), record):
+                logger.warning("%s is damaged: it is computed again", job.file(part))
+                del records[part], finished[part]
         before = sum(record.images for record in records.values())
         todo = [part for part in mine if part not in records]
         size = len(job.plan(0)) if job.offsets else 0
@@ -628,6 +695,13 @@ def run_job(
         before=before,
         unfinished=len(job.offsets) - len(finished.keys() | records.keys()),
     )
+
+
+def _is_whole(path: Path, record: PartRecord) -> bool:
+    try:
+        return sha256(path) == record.sha256
+    except OSError:
+        return False
 
 
 def _check_errors(records: Iterable[PartRecord], most: int | None) -> None:
@@ -712,9 +786,9 @@ def run_part(
         images,
         read,
         lambda batch: work.run([prepared for _, prepared in batch]),
-        batch_size=options.batch_size,
-        shape=lambda made: work.shape(made[1]),
-        readers=_STORE_READERS if remote else READERS,
+        batch_size=1 if work.large else options.batch_size,
+        shape=None if work.large else lambda made: work.shape(made[1]),
+        readers=_STORE_READERS if remote and not work.large else READERS,
     )
     with staged(target) as temporary, closing(running) as results, write_errors(target):
         objects = job.parts.write(temporary, rows())
@@ -725,6 +799,7 @@ def run_part(
             )
         return PartRecord(
             part=part,
+            job=job.digest,
             images=len(images),
             objects=objects,
             errors=len(errors),
@@ -801,8 +876,12 @@ def _in_processes(
         process = context.Process(target=_worker, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        workers[ours] = (process, number, todo.pop())
-        ours.send(workers[ours][2])
+        give(ours, process, number)
+
+    def give(connection: Connection, process: Any, number: int) -> None:
+        workers[connection] = (process, number, todo.pop())
+        with contextlib.suppress(OSError):  # it has ended: so its next message says, too
+            connection.send(workers[connection][2])
 
     def end(connection: Connection) -> tuple[Any, int, int]:
         process, number, part = workers.pop(connection)
@@ -842,13 +921,12 @@ def _in_processes(
                 elif isinstance(message, Exception):
                     raise message
                 else:
+                    yield message  # into the ledger first, whatever becomes of the worker
                     process, number, _ = workers[ready]
                     if todo:
-                        workers[ready] = (process, number, todo.pop())
-                        ready.send(workers[ready][2])
+                        give(ready, process, number)
                     else:
                         end(ready)
-                    yield message
     finally:
         for connection in list(workers):
             end(connection)

@@ -5,8 +5,10 @@ Nothing here imports torch: the command line reads these classes to print and ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
 
 from proxydet.errors import ConfigError
 from proxydet.extensions import Options, is_python_path, require_python_path
@@ -266,6 +268,17 @@ __all__ = [
     "ResNetConfig",
     "SwinConfig",
 ]
+
+
+def with_later_settings(stated: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inference settings that a file states, with those that came after it at their defaults, which change nothing.
+
+    Args:
+        stated: What an earlier version wrote; JSON values.
+        now: What this version would write: settings of `InferenceConfig`, others perhaps among them.
+    """
+    defaults = json.loads(json.dumps(asdict(InferenceConfig())))
+    return {name: defaults[name] for name in now.keys() & defaults.keys()} | dict(stated)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -344,6 +344,7 @@ def predict(
             identity=work.identity,
             parts=part_format(kind),
             shard=part_of,
+            overwrite=overwrite,
             workers=workers,
             gpus=gpus,
             engine=engine,

@@ -32,6 +32,7 @@ class OpenMean:
     pause: float = 0.0
     lethal: int = 0
     folder: str = ""
+    large: bool = False
 
     def __call__(self, number: int) -> OpenMean:
         return self

@@ -20,6 +20,7 @@ EXIT_CODES: dict[type[errors.ProxydetError], int] = {
     errors.ConfigError: 3,
     errors.VocabularyError: 3,
     errors.DataError: 3,
+    errors.UnreachableError: 3,
     errors.CheckpointError: 3,
     errors.ArtifactError: 4,
     errors.TransferError: 4,

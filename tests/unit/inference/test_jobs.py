@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import io
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import job_work
@@ -31,7 +38,7 @@ from proxydet.errors import (
     RuntimeEnvironmentError,
     UnreachableError,
 )
-from proxydet.inference import sources
+from proxydet.inference import sharded, sources
 from proxydet.inference.pipeline import run_images
 from proxydet.inference.sharded import (
     Job,
@@ -42,7 +49,8 @@ from proxydet.inference.sharded import (
     remove_job,
     run_job,
 )
-from proxydet.inference.sources import stream_images
+from proxydet.inference.sources import SourceImage, stream_images
+from proxydet.modeling.config import InferenceConfig
 
 
 def png(value: int, size: tuple[int, int] = (4, 3)) -> bytes:
@@ -181,6 +189,62 @@ def test_a_folder_with_another_job_is_refused(photos, tmp_path, change, what):
     assert plan(tmp_path, photos / "01.png").images == 1
 
 
+def test_results_of_another_job_are_never_taken_as_those_of_this_one(photos, tmp_path):
+    job = plan(tmp_path, photos)
+    run(job)
+    (job.folder / "job.json").unlink()
+    with pytest.raises(ConfigError, match=r"job\.json is gone"):
+        plan(tmp_path, photos, identity={"detector": "b"})
+    other = plan(tmp_path / "other", photos, identity={"detector": "b"})
+    for name in ("finished", "parts"):
+        shutil.copytree(job.folder / name, other.folder / name)
+    assert run(other).before == 0
+    assert run(plan(tmp_path, photos, overwrite=True)).before == 0
+
+
+def test_a_job_is_replaced_only_when_the_images_of_the_next_are_found(photos, tmp_path):
+    job = plan(tmp_path, photos)
+    run(job)
+    before = rows(job)
+    with pytest.raises(DataError, match="absent"):
+        plan(tmp_path, tmp_path / "absent", overwrite=True)
+    assert rows(job) == before
+    assert run(plan(tmp_path, photos)).before == 23
+    (job.folder / "parts" / "notes.txt").write_text("mine")
+    assert plan(tmp_path, photos / "01.png", overwrite=True).images == 1
+    assert [path.name for path in (job.folder / "parts").iterdir()] == ["notes.txt"]
+
+
+def test_settings_that_came_later_count_as_their_defaults(photos, tmp_path):
+    settings = dataclasses.asdict(InferenceConfig())
+    job = plan(tmp_path, photos, identity={"settings": settings})
+    path = job.folder / "job.json"
+    manifest = json.loads(path.read_text())
+    del manifest["identity"]["settings"]["tiles"]
+    path.write_text(json.dumps(manifest))
+    assert not plan(tmp_path, photos, identity={"settings": settings}).planned
+    with pytest.raises(ConfigError, match=r"settings\.tiles"):
+        plan(tmp_path, photos, identity={"settings": {**settings, "tiles": 800}})
+
+
+def test_a_plan_that_changed_is_refused(photos, tmp_path):
+    path = plan(tmp_path, photos).folder / "images.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"01.png", b"02.png"))
+    with pytest.raises(DataError, match=r"images\.jsonl"):
+        plan(tmp_path, photos)
+
+
+def test_what_ends_the_listing_of_images_is_not_called_the_plan(tmp_path, monkeypatch):
+    def broken(*_: object, **__: object) -> Iterator[SourceImage]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/disk/photos")
+        yield
+
+    monkeypatch.setattr(sharded, "stream_images", broken)
+    with pytest.raises(RuntimeEnvironmentError, match="/disk/photos") as caught:
+        plan(tmp_path, "photos")
+    assert "images.jsonl" not in caught.value.message
+
+
 def test_a_list_that_changed_is_another_job(photos, tmp_path):
     listed = tmp_path / "list"
     listed.write_text(f"{photos}\n")
@@ -304,11 +368,12 @@ def test_half_written_and_lost_parts_are_computed_again(photos, tmp_path):
     run(job)
     whole = {p.name: p.read_bytes() for p in (job.folder / "parts").iterdir()}
     os.truncate(job.file(1), 20)
+    job.file(2).write_bytes(bytes(len(job.file(2).read_bytes())))
     job.file(3).unlink()
     ledger = job.folder / "finished" / "0-of-1.jsonl"
     ledger.write_bytes(ledger.read_bytes()[:-9])  # a power cut: the last part's line is not whole
     (job.folder / "parts" / ".000004.jsonl.abc.tmp").write_text("left by a killed process")
-    assert run(job).before == 10
+    assert run(job).before == 5
     for name, content in whole.items():
         assert (job.folder / "parts" / name).read_bytes() == content
 
@@ -347,6 +412,45 @@ def test_a_worker_that_is_killed_is_replaced(photos, tmp_path):
     alone = plan(tmp_path / "alone", photos)
     run(alone)
     assert rows(job) == rows(alone)
+
+
+def test_a_worker_that_is_killed_between_two_parts_is_replaced(photos, tmp_path, monkeypatch):
+    job = plan(tmp_path, photos)
+    original, sent = Connection.send, []
+
+    def send(self: Connection, message: object) -> None:
+        sent.append(message)
+        if len(sent) == 3:  # the second part of the worker that was first
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
+        original(self, message)
+
+    monkeypatch.setattr(Connection, "send", send)
+    done = run(job, options=RunOptions(workers=2))
+    assert (done.images, done.unfinished, len(sent) > 5) == (23, 0, True)
+    assert len(rows(job)) == 23
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_of_large_images_few_are_in_memory(photos, tmp_path, large):
+    prepared: list[int] = []
+    done, ahead = [0], []
+
+    class Counted(OpenMean):
+        def prepare(self, pixels: Any) -> Any:
+            prepared.append(1)
+            return pixels
+
+        def run(self, batch: list[Any]) -> list[float]:
+            time.sleep(0.01)
+            ahead.append(len(prepared) - done[0])
+            done[0] += len(batch)
+            return super().run(batch)
+
+    job = plan(tmp_path, photos, part_images=23)
+    run(job, Counted(large=large), options=RunOptions(batch_size=4))
+    assert (max(ahead) <= 8) == large
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxydet._version import __version__
-from proxydet.data.images import read_image
+from proxydet.data.images import Pixels, read_image
 from proxydet.detections import Detections
 from proxydet.errors import (
     ConfigError,
@@ -186,9 +186,9 @@ class PredictParams:
 
     words: tuple[str, ...] | None = None
     """Class names; None: the server's default classes."""
-    background: tuple[str, ...] = ()
-    """Names of classes that absorb false hits and are not reported; ``training`` alone: all of the training that are not asked for;
-    empty: the server's."""
+    background: tuple[str, ...] | str = ()
+    """Names of classes that absorb false hits and are not reported; `TRAINING_CLASSES`: all of the training that are not asked
+    for; empty: the server's."""
     bias: Mapping[str, float] = field(default_factory=dict)
     """Added to the logits of classes."""
     threshold: Mapping[str, float] = field(default_factory=dict)
@@ -223,6 +223,8 @@ def read_params(
         RequestError: 400, a parameter is unknown, repeated, or out of range.
         VocabularyError: The words cannot be split.
     """
+    from proxydet.vocabulary.sources import TRAINING_CLASSES
+
     parsers = _PARSERS if parsers is None else parsers
     words: list[str] = []
     background: list[str] = []
@@ -245,9 +247,10 @@ def read_params(
         raise _bad_parameter(
             "classes cannot be combined with words or background", 'mark them: {"background": true}'
         )
+    training = background == [TRAINING_CLASSES]
     words += [entry.name for entry in classes if not entry.background]
     background += [entry.name for entry in classes if entry.background]
-    asked = [*words, *background]
+    asked = [*words, *background, *(shown.name for shown in given.get("exemplars", ()))]
     if classes and not words:
         raise RequestError(400, "words", "all classes are background", hint="name one to detect")
     if len(asked) > settings.max_words:
@@ -268,8 +271,8 @@ def read_params(
             )
     params = PredictParams(
         words=tuple(words) or None,
-        background=tuple(background),
-        bias={entry.name.strip(): entry.bias for entry in classes if entry.bias},
+        background=TRAINING_CLASSES if training else tuple(background),
+        bias={entry.name.strip(): entry.bias for entry in classes if entry.bias is not None},
         threshold={e.name.strip(): e.threshold for e in classes if e.threshold is not None},
         **given,
     )
@@ -284,10 +287,10 @@ class ClassParams(msgspec.Struct, forbid_unknown_fields=True):
     """A class of the parameter ``classes``."""
 
     name: str
-    bias: Annotated[float, msgspec.Meta(ge=-50, le=50)] = 0.0
-    """Added to its logits."""
+    bias: Annotated[float, msgspec.Meta(ge=-50, le=50)] | None = None
+    """Added to its logits; null: of background the margin, of classes of the served vocabulary their own, else 0."""
     threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
-    """What its detections must score above; null: ``score_threshold``."""
+    """What its detections must score above; null: of classes of the served vocabulary their own, else ``score_threshold``."""
     background: bool = False
     """Whether it only takes regions from others."""
 
@@ -906,7 +909,8 @@ class Served:
     index: RegionIndex | None = None
     """The index; None: a detector."""
     vocabulary: Vocabulary | None = None
-    """What it detects where a request names no classes; None: the classes of its training."""
+    """What it detects where a request names no classes, and what is known of classes that requests name; None: the classes of its
+    training."""
     background: Vocabulary | None = None
     """Background of requests that name classes and no background; classes like those asked for are left out."""
     examples: tuple[Example, ...] = ()
@@ -1015,29 +1019,48 @@ class ServingApp:
                 self.failure = error
                 raise
 
-    def vocabulary_of(self, params: PredictParams) -> Vocabulary:
+    def vocabulary_of(self, params: PredictParams, pixels_HW3: Pixels | None = None) -> Vocabulary:
         """Return the classes that a request asks for.
+
+        Those of the served vocabulary are taken from it, with their thresholds and biases, next to its background.
+
+        Args:
+            params: The request.
+            pixels_HW3: Its image; exemplars need one.
 
         Raises:
             VocabularyError: They cannot be embedded.
         """
-        from proxydet.vocabulary.sources import ALIKE_ABOVE, TRAINING_CLASSES
+        from proxydet.vocabulary.sources import ALIKE_ABOVE
+        from proxydet.vocabulary.vocabulary import check_names
 
+        default, classes = self.vocabulary, self._loaded.classes
         if params.words is None and not params.background and not params.exemplars:
-            return self.vocabulary
-        classes = self._loaded.classes
-        found, served = self.vocabulary, self._loaded.background
-        if params.words is not None:
-            found = classes.resolve(params.words)
+            return default
+        own = set() if self._loaded.vocabulary is None else set(default.reported)
+        further: list[str] = []
+        if params.words is None:
+            found = default.subset(default.reported)
+        else:
+            words = check_names(params.words)
+            known = [word for word in words if word in own]
+            further = [word for word in words if word not in own]
+            found = default.subset(known) if known else classes.resolve(further)
+            if known and further:
+                found = found.joined(classes.resolve(further)).subset(words)
         if params.exemplars:
-            shown = self._shown_by(params.exemplars)
+            shown = self._shown_by(params.exemplars, pixels_HW3)
             found = shown if params.words is None else found.joined(shown)
         if params.background:
-            whole = params.background == (TRAINING_CLASSES,)
-            background = TRAINING_CLASSES if whole else params.background
-            found = classes.with_background(found, background)
-        elif served is not None:
-            found = found.with_background(served, alike_above=ALIKE_ABOVE)
+            found = classes.with_background(found, params.background)
+        else:
+            alike_above = ALIKE_ABOVE if further or params.exemplars else None
+            if hidden := default.names[len(default.reported) :]:
+                plain = default.with_scorers(background=None).subset(hidden)
+                found = found.with_background(plain, alike_above=alike_above)
+            if self._loaded.background is not None:
+                served = classes.background_of(self._loaded.background)
+                found = found.with_background(served, alike_above=ALIKE_ABOVE)
         found = classes.with_base(found, self._base_above)
         if params.bias or params.threshold:
             found = found.with_scorers(
@@ -1046,8 +1069,13 @@ class ServingApp:
             )
         return found
 
-    def _shown_by(self, exemplars: tuple[ShownClass, ...]) -> Vocabulary:
-        """Return the classes that regions show; RequestError where these are not of this model."""
+    def _shown_by(self, exemplars: tuple[ShownClass, ...], pixels_HW3: Pixels | None) -> Vocabulary:
+        """Return the classes that regions show; RequestError where these are not of this model.
+
+        How the model sees its training classes is measured once, where there are images of them; else it is assumed from the
+        image of the request alone.
+        """
+        from proxydet.inference.exemplars import given_exemplars, region_statistics
         from proxydet.vocabulary.exemplars import classes_of_exemplars
 
         size = 4 * self.detector.vocabulary.dimension
@@ -1055,16 +1083,20 @@ class ServingApp:
             raise _bad_parameter(
                 "exemplars: a region is not of this model", "embed it again: POST /api/embed"
             )
-        if self._statistics is None:
-            raise _bad_parameter(
-                "exemplars: no region was embedded since the server was started",
-                "embed it again: POST /api/embed",
-            )
+        statistics, seconds = self._statistics, self.settings.wait_seconds / 4
+        if statistics is None:
+            try:
+                statistics = self._statistics = region_statistics(self.detector, seconds=seconds)
+            except VocabularyError:
+                assert pixels_HW3 is not None
+                whole = [[0, 0, pixels_HW3.shape[1], pixels_HW3.shape[0]]]
+                seen = given_exemplars([pixels_HW3], [whole], [["image"]])
+                statistics = region_statistics(self.detector, otherwise=seen, seconds=seconds)
         regions = [
             np.stack([np.frombuffer(r, "<f4") for r in shown.regions]) for shown in exemplars
         ]
         names = [shown.name for shown in exemplars]
-        return classes_of_exemplars(names, regions, self._statistics).vocabulary
+        return classes_of_exemplars(names, regions, statistics).vocabulary
 
     def settings_of(self, params: PredictParams) -> InferenceConfig:
         """Return the settings that a request asks for.
@@ -1170,21 +1202,25 @@ class ServingApp:
         `Detector.predict` finds.
 
         Returns:
-            JSON: ``file``, ``width``, ``height`` and ``detections``, as ``proxydet predict --json`` gives them.
+            JSON: ``file``, ``width``, ``height`` and ``detections``, as ``proxydet predict --json`` gives them; and ``thresholds``
+            by class, where classes have their own.
 
         Raises:
             ProxydetError: The image or the class names cannot be used, or there is not enough memory.
         """
         import torch
 
-        vocabulary = self.vocabulary_of(params)
         settings = self.settings_of(params)
         try:
             with opened_image(upload.data, self.settings.max_pixels) as image:
                 pixels_HW3 = read_image(image, name=upload.name)
+            vocabulary = self.vocabulary_of(params, pixels_HW3)
             (prediction,) = self.detector.predict_images([pixels_HW3], vocabulary, settings)
             found = Detections(prediction, vocabulary.reported)
             result = {"file": upload.name, **found.to_dict()}
+            limits = zip(vocabulary.reported, vocabulary.threshold.tolist(), strict=False)
+            if own := {name: limit for name, limit in limits if limit == limit}:
+                result["thresholds"] = own
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise RuntimeEnvironmentError(
                 "not enough memory for this image and these class names",
@@ -1263,16 +1299,9 @@ class ServingApp:
         Raises:
             ProxydetError: The image or a box cannot be used.
         """
-        from proxydet.inference.exemplars import given_exemplars, region_statistics
-
         with opened_image(upload.data, self.settings.max_pixels) as image:
             pixels_HW3 = read_image(image, name=upload.name)
         (found_NSD,) = self.detector.embed_boxes([pixels_HW3], [boxes])
-        if self._statistics is None:
-            shown = given_exemplars([pixels_HW3], [boxes], [["example"] * len(boxes)])
-            self._statistics = region_statistics(
-                self.detector, otherwise=shown, seconds=self.settings.wait_seconds / 4
-            )
         result = {
             "file": upload.name,
             "width": pixels_HW3.shape[1],

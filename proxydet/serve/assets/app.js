@@ -221,9 +221,11 @@ function receive(result) {
   show();
 }
 
+/** What is above the slider; of classes with a threshold of their own, what the server found above that. */
 function shown() {
   const threshold = Number(at.threshold.value);
-  return state.result ? state.result.detections.filter((item) => item.score > threshold) : [];
+  const own = new Set(Object.keys(state.result?.thresholds ?? {}));
+  return state.result ? state.result.detections.filter((item) => own.has(item.label) || item.score > threshold) : [];
 }
 
 function show() {
@@ -246,7 +248,8 @@ function summary(items) {
   const more = counts.size > 6 ? ` and ${counts.size - 6} more classes` : "";
   const below = state.result.detections.length - items.length;
   const hidden = below ? ` ${below} more below this score.` : "";
-  return `${items.length ? `${items.length} detections: ${parts.join(", ")}${more}.` : "No detections."}${hidden} ${state.seconds.toFixed(1)} s.`;
+  const own = state.result.thresholds ? " Classes with thresholds of their own keep them." : "";
+  return `${items.length ? `${items.length} detections: ${parts.join(", ")}${more}.` : "No detections."}${hidden}${own} ${state.seconds.toFixed(1)} s.`;
 }
 
 function entry(item) {

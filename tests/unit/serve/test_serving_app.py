@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import io
 import json
 import warnings
 import zlib
@@ -22,9 +23,24 @@ from proxydet.data.masks import decode
 from proxydet.detector import Detector
 from proxydet.errors import VocabularyError
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.serve.app import SecurityMiddleware, ServingSettings, build_app, is_own_host
+from proxydet.serve.app import (
+    SecurityMiddleware,
+    Served,
+    ServingSettings,
+    build_app,
+    is_own_host,
+    read_params,
+)
+from proxydet.vocabulary.vocabulary import Vocabulary
 
 RAW = {"content-type": "image/png"}
+SETTINGS = ServingSettings(max_upload_bytes=200_000, max_pixels=100_000, max_words=20)
+
+
+def grey_png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (60, 40), "gray").save(stream, "PNG")
+    return stream.getvalue()
 
 
 def ask(client: TestClient, picture: bytes, **fields: str) -> dict[str, Any]:
@@ -429,6 +445,41 @@ def test_background_and_scorers_of_classes_are_those_of_the_detector(client, det
     assert {item["label"] for item in training} <= {"red star"}
 
 
+def test_words_of_the_served_vocabulary_are_what_they_are_there(detector, png):
+    """With their thresholds, next to its background; background of others by the margin."""
+    mine = detector.resolve(["red star", "blue star"], background=["green star"])
+    mine = mine.joined(Vocabulary.from_arrays(["my mug"], mine.embeddings[:1] + 0.1))
+    mine = mine.with_scorers(threshold=[0.01, 0.9, np.nan, np.nan], bias=[0, 0, 0.5, -1])
+    assert mine.names == ("red star", "blue star", "my mug", "green star")
+    served = Served(detector=detector, vocabulary=mine, background=detector.vocabulary)
+    app = build_app(served, SETTINGS)
+
+    def made(words=None, **fields) -> Vocabulary:
+        given = fields if words is None else {**fields, "words": words}
+        return app.vocabulary_of(read_params(given.items(), SETTINGS))
+
+    assert made() is app.vocabulary
+    found = made("blue circle, my mug, red star")
+    assert found.reported == ("blue circle", "my mug", "red star")
+    np.testing.assert_array_equal(found.threshold[:3], np.float32([np.nan, np.nan, 0.01]))
+    assert found.bias[:3].tolist() == [0, 0.5, 0]
+    assert "green star" in found.names[3:]
+    assert len(found) > 4
+    assert set(found.bias[3:].tolist()) == {-1}
+    # As the server's, a request's background has the margin, unless it says otherwise.
+    assert made("red star", background="blue star").bias.tolist() == [0, -1]
+    for bias, wanted in ({}, -1), ({"bias": 0}, 0):
+        classes = [{"name": "red star"}, {"name": "blue star", "background": True, **bias}]
+        assert made(classes=json.dumps(classes)).bias.tolist() == [0, wanted]
+    # Only the parameter `background` has the keyword for all classes of the training.
+    assert len(made("red star", background="training")) > 2
+    classes = [{"name": "red star"}, {"name": "training", "background": True}]
+    assert read_params([("classes", json.dumps(classes))], SETTINGS).background == ("training",)
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        answer = ask(client, png, words="red star, my mug", score_threshold="0.9")
+        assert answer["thresholds"] == {"red star": pytest.approx(0.01)}
+
+
 @pytest.mark.parametrize(
     ("fields", "kind"),
     [
@@ -443,6 +494,11 @@ def test_background_and_scorers_of_classes_are_those_of_the_detector(client, det
         ({"classes": '[{"name": "red star"}, {"name": "red star "}]'}, "words"),
         ({"classes": json.dumps([{"name": f"red star{i}"} for i in range(21)])}, "words"),
         ({"words": "red star", "background": "red star"}, "words"),
+        ({"exemplars": json.dumps([{"name": "x" * 201, "regions": ["AAAA"]}])}, "words"),
+        (
+            {"exemplars": json.dumps([{"name": f"x{i}", "regions": ["AAAA"]} for i in range(21)])},
+            "words",
+        ),
         ({"words": "red star", "background": ", ".join(["red star"] * 21)}, "words"),
     ],
 )
@@ -473,6 +529,11 @@ def test_regions_of_one_image_are_looked_for_in_another(
     assert {item["label"] for item in alone} == {"my thing"}
     mixed = client.post("/api/predict", files=files, data={**data, "words": "red star", "one_label": "false"})  # fmt: skip
     assert {item["label"] for item in mixed.json()["detections"]} == {"red star", "my thing"}
+    # Where nothing is measured, images of others change nothing: a new server gives the same.
+    client.post("/api/embed", files={"picture": ("b.png", grey_png(), "image/png")}, data={"boxes": "[[0, 0, 9, 9]]"})  # fmt: skip
+    with TestClient(build_app(detector, SETTINGS), base_url="http://localhost") as other:
+        assert other.post("/api/predict", files=files, data=data).json()["detections"] == alone
+    assert client.post("/api/predict", files=files, data=data).json()["detections"] == alone
     twice = client.post("/api/predict", files=files, data={**data, "words": "my thing"})
     assert (twice.status_code, twice.json()["error"]["kind"]) == (400, "words")
 

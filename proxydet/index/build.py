@@ -82,8 +82,8 @@ def index_files(
 ) -> IndexSummary:
     """Add image files to an index, reading while the network works.
 
-    An image that is in the index and has not changed (bytes and time of change) is left alone, so the same call continues
-    what was stopped. One that cannot be read is logged, counted and left out.
+    An image that is in the index and has not changed (bytes and time of change; where a store gives neither, its content) is
+    left alone, so the same call continues what was stopped. One that cannot be read is logged, counted and left out.
 
     Args:
         detector: Embeds the regions.
@@ -101,28 +101,41 @@ def index_files(
     added = copied = unchanged = 0
     unreadable: list[Unreadable] = []
 
-    def read(image: SourceImage) -> tuple[dict[str, Any], ScaledImage]:
+    digests: dict[
+        str, bytes | None
+    ] = {}  # of images that have no stamp, where they are in the index
+
+    def read(image: SourceImage) -> tuple[dict[str, Any], ScaledImage | None]:
         path, file, tar = _identified(image)
         encoded = image.encoded()
+        if isinstance(encoded, bytes):
+            digest = hashlib.sha256(encoded).digest()
+            if digests.pop(path, None) == digest:
+                return {}, None
         scaled = detector.scaled(read_image(encoded, name=image.name))
         if isinstance(encoded, Path):
             with read_errors(encoded, error=DataError):
                 digest = bytes.fromhex(sha256(encoded))
-        else:
-            digest = hashlib.sha256(encoded).digest()
         height, width = scaled.views[0].image.shape[1:]
         sizes = (int(height), int(width), *scaled.size)
         named = {"path": path, "file": file or (0, 0), "digest": digest, "sizes": sizes, "tar": tar}
         return named, scaled
 
-    def embed(batch: list[tuple[dict[str, Any], ScaledImage]]) -> list[dict[str, Any]]:
-        found = detector.embed([scaled for _, scaled in batch]).cpu()
+    def embed(batch: list[tuple[dict[str, Any], ScaledImage | None]]) -> list[dict[str, Any]]:
+        changed = [scaled for _, scaled in batch if scaled is not None]
+        if not changed:
+            return [{} for _ in batch]
+        found = detector.embed(changed).cpu()
         if not all(bool(values.isfinite().all()) for values in (*found.detection, found.boxes_BR4)):
             raise NumericsError(
                 "the box heads gave values that are not finite",
                 hint="the weights are damaged, or half precision is too narrow for them: use float32",
             )
-        return [image_regions(found, index, writer.detector) for index in range(len(batch))]
+        places = iter(range(len(changed)))
+        return [
+            {} if scaled is None else image_regions(found, next(places), writer.detector)
+            for _, scaled in batch
+        ]
 
     with progress.task("indexing", unit="images") as task:
 
@@ -137,6 +150,8 @@ def index_files(
                 elif image.is_file and file and known is None and writer.add_copy(path, file):
                     copied += 1
                 else:
+                    if file is None and known is not None:
+                        digests[path] = writer.digest(path)
                     yield image
                     continue
                 task.advance()
@@ -150,6 +165,9 @@ def index_files(
                         unreadable.append(Unreadable(file=image.name, reason=made.message))
                         continue
                     (named, _), regions = made
+                    if not regions:
+                        unchanged += 1
+                        continue
                     writer.add(ImageRegions(**named, **regions))
                     added += 1
         except KeyboardInterrupt as error:

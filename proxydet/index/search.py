@@ -28,7 +28,7 @@ from proxydet.config import merge
 from proxydet.data.images import Pixels, read_image
 from proxydet.detections import Detections
 from proxydet.errors import ConfigError, DataError, MissingDependencyError, VocabularyError
-from proxydet.files import staged, write_errors
+from proxydet.files import sha256, staged, write_errors
 from proxydet.index.store import Part, StoredIndex, read_words
 from proxydet.inference.sources import SourceImage
 from proxydet.modeling.config import InferenceConfig
@@ -285,11 +285,10 @@ class RegionIndex(TrainedClasses):
     # --- Approximate search ---------------------------------------------------------------------------------------------
 
     @property
-    def _tree(self) -> Path:
-        """The file of the tree over the regions of these parts."""
+    def _tree(self) -> str:
+        """What the file of the tree over the regions of these parts is called; its own SHA-256 comes behind."""
         parts = "".join(part.record.sha256 for part in self.stored.parts)
-        name = hashlib.sha256(parts.encode()).hexdigest()[:16]
-        return self.stored.path / f"approximate-{name}.faiss"
+        return f"approximate-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
     def build_approximate(self, progress: Progress = SILENT) -> Path:
         """Build what approximate search needs: an inverted file (FAISS) of the fused embeddings of all regions.
@@ -320,11 +319,15 @@ class RegionIndex(TrainedClasses):
             for values_ND in self._fused():
                 tree.add(values_ND)
                 task.advance(len(values_ND))
+        content = faiss.serialize_index(tree).data
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        file = self.stored.path / f"{self._tree}-{digest}.faiss"
+        with staged(file) as temporary, write_errors(file):
+            temporary.write_bytes(content)
         for old in self.stored.path.glob("approximate-*.faiss"):
-            old.unlink()
-        with staged(self._tree) as temporary, write_errors(self._tree):
-            temporary.write_bytes(faiss.serialize_index(tree).data)
-        return self._tree
+            if old != file:
+                old.unlink(missing_ok=True)
+        return file
 
     def _fused(self) -> Iterator[npt.NDArray[np.float32]]:
         """Yield one embedding of each region, whose products with text order regions nearly as their scores do."""
@@ -348,19 +351,22 @@ class RegionIndex(TrainedClasses):
     @cached_property
     def _opened_tree(self) -> Any:
         faiss = _faiss()
-        if not self._tree.is_file():
+        file = next(self.stored.path.glob(f"{self._tree}-*.faiss"), None)
+        if file is None:
             raise DataError(
                 f"{self.stored.path} has no approximate search, or had it before images were added or removed",
                 hint="build it with: proxydet index approximate PHOTOS.index; or leave --approximate out",
                 path=self.stored.path,
             )
         try:
-            tree = faiss.read_index(str(self._tree), faiss.IO_FLAG_MMAP)
-        except RuntimeError as error:
+            if not file.stem.endswith(sha256(file)[:16]):
+                raise RuntimeError("it is not what was written (SHA-256)")
+            tree = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+        except (RuntimeError, OSError) as error:
             raise DataError(
-                f"{self._tree} is damaged: {str(error).splitlines()[0]}",
+                f"{file} is damaged: {str(error).splitlines()[0]}",
                 hint="build it again with: proxydet index approximate PHOTOS.index",
-                path=self._tree,
+                path=file,
             ) from error
         tree.nprobe = max(16, round(tree.nlist * _PROBED))
         return tree

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
+# Values, ascending, and the place of each: the number of the part in the upper 32 bits, the row in the lower ones.
+_Table = tuple[Integers, Integers]
 
 COMPACT_REGIONS = 30
 """Regions that a compact index keeps of an image, where nothing else is asked for."""
@@ -149,7 +151,11 @@ class IndexedDetector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Raises:
             DataError: They differ.
         """
-        mine, theirs = (msgspec.to_builtins(detector) for detector in (self, other))
+        # Settings that came after an index count as their defaults.
+        mine, theirs = (
+            {**msgspec.to_builtins(detector), "settings": detector.inference}
+            for detector in (self, other)
+        )
         differing = [key for key in mine if mine[key] != theirs[key]]
         if differing:
             names = {"most_regions": "--compact or --regions", "settings": "inference settings"}
@@ -167,7 +173,8 @@ class ImageRegions:
 
     Attributes:
         path: Absolute path of the image, or its name in an archive.
-        file: Bytes of the file and when it was last changed, in nanoseconds.
+        file: Bytes of the file and when it, or its tar, was last changed, in nanoseconds; a number below 0 changes with
+            the tag that a store gives in place of a time; 0: not known.
         digest: SHA-256 of the file.
         sizes: Height and width as the network saw it, and of the original.
         boxes_N4: float32 xyxy, pixels of the image as the network saw it.
@@ -343,12 +350,12 @@ class Part:
             for index, (temperature, bias) in enumerate(self._detector.classifiers)
         ]
 
-    @cached_property
-    def keys(self) -> tuple[Integers, Integers]:
-        """Keys of the paths of all images, sorted: int64 (B,), and the row of each."""
-        keys_B = np.array([_key(self.path_of(row)) for row in range(self.record.images)], np.int64)
-        rows_B = np.argsort(keys_B, kind="stable")
-        return keys_B[rows_B], rows_B
+    def keys(self) -> Integers:
+        """Return keys of the paths of all images: int64 (B,)."""
+        text, ends = self.tensors["paths"].numpy().tobytes(), self.tensors["path_ends"].tolist()
+        starts = [0, *ends[:-1]]
+        keys = [_key(text[start:end]) for start, end in zip(starts, ends, strict=False)]
+        return np.array(keys, np.int64)
 
     def path_of(self, row: int) -> str:
         """Return the path of an image."""
@@ -603,14 +610,43 @@ class StoredIndex:
 
     def find(self, path: str) -> tuple[Part, int] | None:
         """Return the part and the row of an image, by the path that it was indexed under; None: it is not in the index."""
-        key = _key(path)
-        for part in self.parts:
-            keys, rows = part.keys
-            for place in range(*np.searchsorted(keys, [key, key + 1]).tolist()):
-                row = int(rows[place])
+        key = _key(path.encode("utf-8", "surrogateescape"))
+        for table in self._keys:
+            for part, row in self.looked_up(table, key):
                 if part.kept_B[row] and part.path_of(row) == path:
                     return part, row
         return None
+
+    @cached_property
+    def _keys(self) -> list[_Table]:
+        return _with_keys([], self.parts, 0)
+
+    def sizes(self) -> _Table:
+        """Return the bytes of the images' files, for `looked_up`."""
+        tables = [
+            (part.tensors["files"][:, 0].numpy()[rows], (number << 32) + rows)
+            for number, part in enumerate(self.parts)
+            for rows in [np.flatnonzero(part.kept_B)]
+        ]
+        return _sorted_table(tables)
+
+    def looked_up(self, table: _Table, value: int) -> Iterator[tuple[Part, int]]:
+        """Yield the part and the row of each image that has a value in a table."""
+        values, places = table
+        for place in places[slice(*np.searchsorted(values, [value, value + 1]))].tolist():
+            yield self.parts[place >> 32], place & 0xFFFFFFFF
+
+    def continued(self) -> StoredIndex:
+        """Open the index again after parts were added or images dropped; what was read of its parts stays."""
+        now = StoredIndex(self.path)
+        opened = {part.record.sha256: part for part in self.parts}
+        for part in now.parts:
+            if before := opened.get(part.record.sha256):
+                kept = {k: v for k, v in before.__dict__.items() if k not in ("record", "kept_B")}
+                part.__dict__.update(kept)
+        if "_keys" in self.__dict__:
+            now.__dict__["_keys"] = _with_keys(self._keys, now.parts, len(self.parts))
+        return now
 
     def verify(
         self, *, images: bool = False, progress: Callable[[int], object] | None = None
@@ -649,6 +685,11 @@ class StoredIndex:
                     wrong.append(f"{path}: there is no such file any more")
                 elif state and state != tuple(part.tensors["files"][row].tolist()):
                     wrong.append(f"{path}: changed since it was indexed")
+        wrong += [
+            f"{tree} is not what was written (SHA-256); build it again with: proxydet index approximate"
+            for tree in self.path.glob("approximate-*.faiss")
+            if not tree.stem.endswith(sha256(tree)[:16])
+        ]
         named = {part.path.name for part in self.parts}
         strays = [file for file in (self.path / "parts").glob("*") if file.name not in named]
         wrong += [
@@ -657,9 +698,27 @@ class StoredIndex:
         return wrong
 
 
-def _key(path: str) -> int:
-    encoded = path.encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(encoded, digest_size=7).digest(), "little")
+def _key(path: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(path, digest_size=7).digest(), "little")
+
+
+def _sorted_table(tables: Sequence[_Table]) -> _Table:
+    if not tables:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    values, places = (np.concatenate(columns) for columns in zip(*tables, strict=True))
+    order = np.argsort(values, kind="stable")
+    return values[order], places[order]
+
+
+def _with_keys(tables: list[_Table], parts: Sequence[Part], first: int) -> list[_Table]:
+    """Add the keys of the parts from ``first`` on to sorted tables, each more than twice as long as the next."""
+    tables = list(tables)
+    for number, part in enumerate(parts[first:], first):
+        places = (number << 32) + np.arange(part.record.images, dtype=np.int64)
+        tables.append(_sorted_table([(part.keys(), places)]))
+        while len(tables) > 1 and len(tables[-2][0]) <= 2 * len(tables[-1][0]):
+            tables[-2:] = [_sorted_table(tables[-2:])]
+    return tables
 
 
 def file_state(path: str | Path) -> tuple[int, int] | None:
@@ -723,6 +782,7 @@ class IndexWriter:
     ) -> None:
         self.path = path
         self._waiting: dict[str, ImageRegions] = {}
+        self._waiting_bytes = 0
         self._added: dict[str, tuple[int, int]] = {}
         self._lock = Lock(path / "writer.lock", subject=f"the index {path}")
         if not (path / _NAME).is_file():
@@ -800,12 +860,17 @@ class IndexWriter:
         size, changed = found[0].tensors["files"][found[1]].tolist()
         return size, changed
 
+    def digest(self, path: str) -> bytes | None:
+        """Return the SHA-256 of an image when it was indexed; None: it is not in the index."""
+        if path in self._waiting:
+            return self._waiting[path].digest
+        if self.state(path) is None or (found := self._index.find(path)) is None:
+            return None
+        return found[0].tensors["digests"][found[1]].numpy().tobytes()
+
     @cached_property
-    def _by_size(self) -> dict[int, list[tuple[Part, int]]]:
-        places: dict[int, list[tuple[Part, int]]] = {}
-        for part, row in self._index.rows():
-            places.setdefault(int(part.tensors["files"][row, 0]), []).append((part, row))
-        return places
+    def _sizes(self) -> _Table:
+        return self._index.sizes()
 
     def add_copy(self, path: str, file: tuple[int, int]) -> bool:
         """Add an image whose content is in the index under another path, without running the network on it.
@@ -819,9 +884,8 @@ class IndexWriter:
         Returns:
             Whether it was added.
         """
-        candidates = self._by_size.get(file[0], [])
         digest: bytes | None = None
-        for part, row in candidates:
+        for part, row in self._index.looked_up(self._sizes, file[0]):
             if digest is None:
                 try:
                     digest = bytes.fromhex(sha256(Path(path)))
@@ -844,16 +908,17 @@ class IndexWriter:
         """
         self.remove([image.path])
         self._waiting[image.path] = image
+        self._waiting_bytes += image.nbytes
         self._added[image.path] = image.file
-        waiting = len(self._waiting)
-        if waiting >= _PART_IMAGES or waiting * image.nbytes >= _PART_BYTES:
+        if len(self._waiting) >= _PART_IMAGES or self._waiting_bytes >= _PART_BYTES:
             self.commit()
 
     def remove(self, paths: Iterable[str]) -> int:
         """Remove images, and return how many were there."""
         count = 0
         for path in paths:
-            if self._waiting.pop(path, None) is not None:
+            if (image := self._waiting.pop(path, None)) is not None:
+                self._waiting_bytes -= image.nbytes
                 count += 1
             found = self._index.find(path)
             if found is not None:
@@ -865,6 +930,8 @@ class IndexWriter:
 
     def merge(self, other: StoredIndex) -> tuple[int, int]:
         """Add the images of another index; of an image in both the one that was changed last is kept.
+
+        Where that is not known, as of what is in a store, the other index's is kept.
 
         Returns:
             How many were added, and how many were there already.
@@ -879,10 +946,16 @@ class IndexWriter:
             for row in np.flatnonzero(kept_B).tolist():
                 state = self.state(path := part.path_of(row))
                 changed = int(part.tensors["files"][row, 1])
-                if state is not None and state[1] >= changed:
+                if state is None:
+                    older = False
+                elif min(changed, state[1]) > 0:
+                    older = changed <= state[1]
+                else:
+                    older = part.tensors["digests"][row].numpy().tobytes() == self.digest(path)
+                if older:
                     kept_B[row] = False
                     there += 1
-                else:
+                elif state is not None:
                     self.remove([path])
             if kept_B.any():
                 added += int(kept_B.sum())
@@ -906,22 +979,18 @@ class IndexWriter:
             written.append(write_part(self.path, tensors))
         if not written and not self._dropped:
             return
+        fresh = {record.sha256: record for record in written}
         records = []
-        for part in self._index.parts:
+        for part in self._index.parts:  # a part stays in its place
             record, gone = part.record, self._dropped.get(part.record.sha256, set())
             dropped = tuple(sorted({*record.dropped, *gone}))
-            records.append(msgspec.structs.replace(record, dropped=dropped))
-        there = {record.sha256 for record in records}
-        records += [record for record in written if record.sha256 not in there]
+            again = fresh.pop(record.sha256, None)  # all its images were dropped, and added again
+            records.append(again or msgspec.structs.replace(record, dropped=dropped))
+        records += fresh.values()
         self._write(self.detector, records)
-        opened = {part.record.sha256: part for part in self._index.parts}
-        self._index = StoredIndex(self.path)
-        for part in self._index.parts:  # what was read of a part stays
-            if before := opened.get(part.record.sha256):
-                part.__dict__.update(
-                    {k: v for k, v in before.__dict__.items() if k not in ("record", "kept_B")}
-                )
+        self._index = self._index.continued()
         self._waiting.clear()
+        self._waiting_bytes = 0
         self._dropped.clear()
         self._added.clear()
 
@@ -930,6 +999,7 @@ class IndexWriter:
             format=_FORMAT, version=__version__, detector=detector, parts=tuple(parts)
         )
         manifest = msgspec.structs.replace(manifest, sha256=manifest.digest())
+        self._lock.check()
         write_json(self.path / _NAME, msgspec.to_builtins(manifest))
 
     def _compact(self) -> None:
@@ -947,6 +1017,7 @@ class IndexWriter:
         self._remove_strays()
 
     def _remove_strays(self) -> None:
+        self._lock.check()
         named = {part.path.name for part in self._index.parts}
         for file in (self.path / "parts").glob("*.safetensors"):
             if file.name not in named:

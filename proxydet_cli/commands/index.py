@@ -123,9 +123,13 @@ def add(
     named = find_detector(run=run, weights=weights, config=config)
     left_out: Counter[str] = Counter()
     images: Iterator[SourceImage] = stream_images(sources, left_out)
-    images = itertools.chain(
-        [next(images)], images
-    )  # mistakes in the first source before the model is opened
+    # Mistakes in the first source before the model is opened.
+    if (first := next(images, None)) is None:
+        raise DataError(
+            "the sources name no images",
+            hint="name files, folders, patterns or lists that are not empty",
+        )
+    images = itertools.chain([first], images)
     if shard is not None:
         part = Shard.parse(shard)
         images = itertools.islice(images, part.index, None, part.count)
@@ -287,6 +291,7 @@ def merge(
 ) -> None:
     """Put the images of several indexes into one; of an image in several the one that was changed last is kept.
 
+    Where no time of change is known, as of objects in stores, the index that is named last counts.
     Started again after an interruption it continues: what is there is not added twice.
     """
     from proxydet.errors import DataError

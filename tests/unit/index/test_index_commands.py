@@ -90,6 +90,9 @@ def test_what_makes_no_sense_is_refused(run):
         ("serve", "--index", "x.index", "--run", "runs/x"),
     ):
         assert run(*words).code == 2, words
+    Path("empty.txt").write_text("\n")
+    empty = run("index", "@empty.txt", "-o", "x.index")
+    assert (empty.code, "bug" in empty.err, Path("x.index").exists()) == (3, False, False)
     absent = run("search", "absent.index", "-v", "cup")
     assert (absent.code, "proxydet index" in absent.err) == (3, True)
 

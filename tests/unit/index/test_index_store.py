@@ -9,6 +9,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,7 +20,7 @@ from proxydet.errors import ConfigError, DataError, DiskFullError, InputError, L
 from proxydet.files import Lock
 from proxydet.index.build import index_files, open_writer
 from proxydet.index.store import IndexWriter, StoredIndex
-from proxydet.inference.sources import stream_images
+from proxydet.inference.sources import SourceImage, stream_images
 
 
 @pytest.fixture
@@ -238,3 +239,72 @@ def test_members_of_tars_are_images_too(photos, exact, detector, tmp_path):
         tar.write(bytes(512))
     with pytest.raises(DataError, match="has changed"):
         hit.source.read()
+
+
+def test_a_writer_whose_lock_was_taken_over_writes_no_more(index, detector, photos):
+    late = IndexWriter(index)
+    late.remove([str(photos / "p1.png")])
+    for name in ("writer.lock", "writer.lock.owner"):
+        (index / name).unlink(missing_ok=True)
+    with IndexWriter(index) as writer:
+        writer.remove([str(photos / "p0.png")])
+    with pytest.raises(LockedError), late:
+        pass
+    assert paths(index) == [str(photos / f"p{number}.png") for number in (1, 2, 3)]
+
+
+def test_what_was_removed_and_not_compacted_comes_back(exact, index, monkeypatch):
+    every = paths(index)
+    with (
+        monkeypatch.context() as patched,
+        IndexWriter(index) as writer,
+    ):
+        assert writer.remove(every) == 4
+        patched.setattr(IndexWriter, "_compact", lambda _: None)  # killed before that
+    assert paths(index) == []
+    with IndexWriter(index) as writer:
+        assert writer.merge(StoredIndex(exact)) == (4, 0)
+    assert paths(index) == every
+
+
+def test_of_members_of_tars_the_newer_is_kept(photos, detector, tmp_path):
+    place = tmp_path / "photos.tar"
+    for number, name in enumerate(("old", "new")):
+        with tarfile.open(place, "w") as tar:
+            tar.add(photos / f"p{number}.png", "p.png")
+        os.utime(place, (1_000 + number, 1_000 + number))
+        with open_writer(detector, tmp_path / name) as writer:
+            index_files(detector, stream_images([str(place)], Counter()), writer)
+    for first, second, wanted in (("old", "new", (1, 0)), ("new", "old", (0, 1))):
+        merged = Path(shutil.copytree(tmp_path / first, tmp_path / f"{first}-first"))
+        with IndexWriter(merged) as writer:
+            assert writer.merge(StoredIndex(tmp_path / second)) == wanted
+        pixels = RegionIndex(merged).search(score_threshold=0.1)[0].source.read()
+        np.testing.assert_array_equal(pixels, np.asarray(Image.open(photos / "p1.png")))
+
+
+def test_what_has_no_time_is_compared_by_content(photos, detector, tmp_path):
+    import fsspec
+
+    counting, store = Counting(detector), fsspec.filesystem("memory")
+    for number in (0, 1):
+        store.pipe("/p.png", (photos / f"p{number}.png").read_bytes())
+        for _ in range(2):
+            with open_writer(counting, tmp_path / f"{number}.index") as writer:
+                done = index_files(counting, [SourceImage("memory://p.png")], writer)
+        assert (done.unchanged, done.images, counting.embedded) == (1, 1, number + 1)
+    with IndexWriter(tmp_path / "1.index") as writer:  # the last one counts
+        assert writer.merge(StoredIndex(tmp_path / "0.index")) == (1, 0)
+        assert writer.merge(StoredIndex(tmp_path / "0.index")) == (0, 1)
+
+
+def test_settings_that_came_later_count_as_their_defaults(index):
+    detector = StoredIndex(index).detector
+    settings = {key: value for key, value in detector.settings.items() if key != "rescore"}
+    earlier = msgspec.structs.replace(detector, settings=settings)
+    assert earlier != detector
+    earlier.require_equal(detector, index)
+    with pytest.raises(DataError, match="settings"):
+        earlier.require_equal(
+            msgspec.structs.replace(detector, settings={**settings, "rescore": True}), index
+        )

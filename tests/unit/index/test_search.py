@@ -103,7 +103,16 @@ def test_approximate_search_finds_the_best_or_says_what_is_missing(exact, monkey
     pytest.importorskip("faiss")
     with pytest.raises(DataError, match="no approximate"):
         index.search(WORDS, approximately=True)
-    assert index.build_approximate().stat().st_size
+    tree = index.build_approximate()
     whole = index.search(WORDS, score_threshold=0.2)
     found = RegionIndex(exact).search(WORDS, score_threshold=0.2, approximately=True)
     assert_equal(found, {hit.path: hit.found for hit in whole})
+    assert index.stored.verify() == []
+    with tree.open("r+b") as file:
+        file.seek(tree.stat().st_size // 2)
+        file.write(bytes(64))
+    assert len(index.stored.verify()) == 1
+    with pytest.raises(DataError, match="SHA-256"):
+        RegionIndex(exact).search(WORDS, approximately=True)
+    assert index.build_approximate() == tree
+    assert index.stored.verify() == []

@@ -513,16 +513,16 @@ class Detector(TrainedClasses):
     ) -> Prediction:
         if image.tiled is None:
             return self._detect([image], classes, settings)[0]
-        merger = TileMerger(image.size, settings)
+        merger = TileMerger(image.size, settings, classes)
+        classes, detecting = merger.classes, merger.detecting
         if settings.whole_image:
-            (found,) = to_host(self._detect([image], classes, settings))
+            (found,) = to_host(self._detect([image], classes, detecting))
             merger.add(found, Window(0, 0, *image.size))
         remaining = iter(tile_windows(image.size, settings.tiles, settings.tile_overlap))
-        plain = dataclasses.replace(settings, tiles=0)
         while windows := list(islice(remaining, _TILES_AT_ONCE)):
-            tiles = [self.scaled(window.of(image.tiled), plain) for window in windows]
+            tiles = [self.scaled(window.of(image.tiled), detecting) for window in windows]
             for found, window in zip(
-                to_host(self._detect(tiles, classes, plain)), windows, strict=True
+                to_host(self._detect(tiles, classes, detecting)), windows, strict=True
             ):
                 merger.add(found, window)
         return merger.merged().to(self.network.device)

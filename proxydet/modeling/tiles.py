@@ -3,7 +3,8 @@
 What a tile sees of an object that it cuts, a *fragment*, ends at the tile's border. Where the object is smaller than the
 overlap the next tile has it whole; a larger one may be found in the whole image. `TileMerger` drops the fragments of what is
 found whole, joins those that continue each other, and applies NMS to the rest as in any image. Scores are those of the
-network, which knows of no tiles.
+network, which knows of no tiles. Background, and what is below its class's own threshold, is left out at the end: a tile that
+sees the whole of an object as background corrects one that reports its fragment.
 
 Dimensions: N detections, F fragments among them, P pairs of fragments, M masks, S side of a mask.
 """
@@ -23,6 +24,7 @@ from proxydet.data.images import Pixels
 from proxydet.modeling.boxes import SHIFTED_UP_TO, NmsInput, suppress
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import Prediction
+from proxydet.vocabulary.vocabulary import Vocabulary
 
 # A box that ends this near to a border is cut by it, in shares of the tile's side: boxes are not exact.
 _NEAR = 0.02
@@ -76,12 +78,35 @@ class TileMerger:
     Args:
         size: Height and width of the image in pixels.
         settings: Overlap and number of the detections that are kept, and whether there is one label a box.
+        classes: What is detected; None: the classes of the training.
+
+    Attributes:
+        classes: What to detect in each tile. With one label a region background is reported and classes have no own thresholds
+            there; with several, both filter each region, as without tiles.
+        detecting: The settings to detect with in each tile.
     """
 
-    def __init__(self, size: tuple[int, int], settings: InferenceConfig) -> None:
+    def __init__(
+        self, size: tuple[int, int], settings: InferenceConfig, classes: Vocabulary | None = None
+    ) -> None:
         self._size = size
         self._settings = settings
         self._most = _KEPT * settings.max_detections
+        self.classes, self.detecting = classes, replace(settings, tiles=0)
+        # What each class must score above to be reported; None: all that is detected is.
+        self._threshold_C: Tensor | None = None
+        one_label = settings.agnostic_nms or settings.one_class_per_proposal
+        if classes is not None and one_label:
+            own_C, background_C = classes.threshold, classes.background
+            if background_C.any() or np.isfinite(own_C).any():
+                threshold_C = np.where(np.isnan(own_C), settings.score_threshold, own_C)
+                self.classes = classes.with_scorers(threshold=None, background=None)
+                self.detecting = replace(
+                    self.detecting,
+                    score_threshold=float(threshold_C.min()),
+                    max_detections=self._most,
+                )
+                self._threshold_C = torch.tensor(np.where(background_C, np.inf, threshold_C))
         self._parts: list[Prediction] = []
         # Of each detection, whether its tile cuts it left, above, right and below, and whether that is the whole image.
         self._marks: list[Tensor] = []
@@ -130,7 +155,11 @@ class TileMerger:
             # The way that is exact for the coordinates of any image.
             candidates=[SHIFTED_UP_TO + 1],
         )
-        (kept,) = suppress(boxes, iou=settings.nms_iou, limit=settings.max_detections)
+        limit = settings.max_detections if self._threshold_C is None else len(found)
+        (kept,) = suppress(boxes, iou=settings.nms_iou, limit=limit)
+        if self._threshold_C is not None:
+            reported = found.scores_N[kept] > self._threshold_C[classes_N[kept]]
+            kept = kept[reported][: settings.max_detections]
         return found.choose(kept)
 
     def _keep_best(self) -> None:

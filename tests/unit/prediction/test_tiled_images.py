@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -137,6 +138,40 @@ def test_frames_are_run_in_tiles_too(of_red, aerial):
     (prediction,) = of_red.predict_images([aerial], settings=of_red.settings(tiles=160))
     assert len(prediction) == len(SMALL) + 1
     assert of_red.with_settings(tiles=0).settings() == of_red.settings()
+
+
+class CupsAndVases(RedThings):
+    """Sees a whole thing as a vase, and its narrow end as a cup, whatever is reported of them."""
+
+    vocabulary = Vocabulary.from_arrays(["cup", "vase"], np.eye(2, 4))
+
+    def detect(self, images, classes, *, original_sizes, settings):
+        found = super().detect(images, classes, original_sizes=original_sizes, settings=settings)
+        return [self._named(one, classes or self.vocabulary, settings) for one in found]
+
+    @staticmethod
+    def _named(found: Prediction, classes: Vocabulary, settings: InferenceConfig) -> Prediction:
+        wide_N = found.boxes_N4[:, 2] - found.boxes_N4[:, 0] > 60
+        named = dataclasses.replace(found, classes_N=wide_N.long())
+        limits = np.where(np.isnan(classes.threshold), settings.score_threshold, classes.threshold)
+        limits[classes.background] = np.inf
+        return named.choose(named.scores_N > torch.tensor(limits)[named.classes_N])
+
+
+@pytest.mark.parametrize("hidden", [{"background": [False, True]}, {"threshold": [np.nan, 0.99]}])
+def test_what_is_not_reported_still_takes_its_fragments(hidden):
+    # A thing 80 wide, of which the first tile sees 40, the second one all.
+    pixels = np.zeros((160, 264, 3), np.uint8)
+    pixels[60:100, 120:200, 0] = 255
+    pixels[20:40, 20:60, 0] = 255
+    detector = Detector(CupsAndVases(), shortest=160, longest=160)  # type: ignore[arg-type]
+    classes = CupsAndVases.vocabulary.with_scorers(**hidden)
+    asked = detector.with_settings(tile_overlap=0.3, whole_image=False, tiles=160)
+    both = asked.predict(pixels, vocabulary=CupsAndVases.vocabulary)
+    assert sorted(both.labels) == ["cup", "vase"]
+    found = asked.predict(pixels, vocabulary=classes)
+    assert found.labels == ("cup",)
+    assert near(found.boxes_xyxy, [(20, 20, 60, 40)])
 
 
 @pytest.mark.parametrize(

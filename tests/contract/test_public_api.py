@@ -1,6 +1,8 @@
 """The public names: what `__all__` promises is there, and nothing else."""
 
 import ast
+import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,3 +60,32 @@ def test_names_load_on_use():
 def test_unknown_name():
     with pytest.raises(AttributeError, match="no attribute 'Detektor'"):
         _ = proxydet.Detektor
+
+
+FENCE = re.compile(r"^ *```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def wrong_names(code: str) -> list[str]:
+    """Imports from the package that fail, and attributes of ``detector`` that no detector has."""
+    detector = proxydet.Detector
+    wrong = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "proxydet":
+            module = import_module(str(node.module))
+            names = [alias.name for alias in node.names]
+            wrong += [f"{node.module}.{name}" for name in names if not hasattr(module, name)]
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "detector":
+            known = hasattr(detector, node.attr) or node.attr in detector.__init__.__code__.co_names
+            wrong += [] if known else [f"detector.{node.attr}"]
+    return wrong
+
+
+def test_the_python_of_the_documentation_names_what_exists(repository):
+    code = "detector.exemplars([])\nfrom proxydet.detector import Exemplars"
+    assert len(wrong_names(code)) == 2
+    pages = [repository / "README.md", *(repository / "docs").rglob("*.md")]
+    blocks = [
+        (page.name, block) for page in pages for block in FENCE.findall(page.read_text("utf-8"))
+    ]
+    assert len(blocks) > 20
+    assert [(page, wrong) for page, block in blocks for wrong in wrong_names(block)] == []

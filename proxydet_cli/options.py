@@ -272,7 +272,7 @@ Rescore = Annotated[
     bool | None,
     typer.Option(
         "--rescore/--no-rescore",
-        help="Score a box by all proposals that agree on it: novel classes and tight boxes gain, scores rise. "
+        help="Score a box by all proposals that agree on it: boxes gain, masks hardly; scores rise. "
         "[default: inference.rescore, no]",
         show_default=False,
         rich_help_panel="Detector",

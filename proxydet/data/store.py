@@ -18,7 +18,7 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -774,17 +774,26 @@ class AnnotationStore:
             return tuple(self._columns["image_id"].tolist())
         return tuple(self._text("id_names", row) for row in range(len(self)))
 
-    def class_rows(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
+    def class_rows(
+        self, names: Sequence[str], background: Container[str] = ()
+    ) -> npt.NDArray[np.int64]:
         """Return the place of each category among class names, found by name: int64 (K,).
 
         Args:
             names: Of a vocabulary, row by row.
+            background: Names that are in the vocabulary as background.
 
         Raises:
-            DataError: a category is not among them.
+            DataError: a category is not among the names.
         """
         row_of = {name: row for row, name in enumerate(names)}
         missing = [c.name for c in self.categories if c.name.strip() not in row_of]
+        hidden = [name for name in missing if name.strip() in background]
+        if hidden:
+            raise DataError(
+                f"{self.source_name}: {counted(len(hidden), 'annotated category is', 'annotated categories are')} background in the vocabulary, which is not detected: {first_of([repr(name) for name in hidden])}",
+                hint="evaluate with a vocabulary that has them as classes, or on annotations without them",
+            )
         if missing:
             raise DataError(
                 f"{self.source_name}: {counted(len(missing), 'category is', 'categories are')} not in the vocabulary: {first_of([repr(name) for name in missing])}",

@@ -459,7 +459,7 @@ def evaluate_split(
         settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
     if vocabulary is None:
         vocabulary = fusion_vocabulary(split.data.vocabulary, detector.vocabulary)
-        split.store.class_rows(vocabulary.reported)  # every category must be there
+        _require_categories(split, vocabulary)
     vocabulary = vocabulary.with_scorers(threshold=None)
     with _folder(output) as path, held(path):
         # What makes the predictions; masks are on top: those that have them serve where none are needed.
@@ -519,7 +519,7 @@ def evaluate_index(
     config = config or EvaluationConfig()
     check_protocol(config, split.truth)
     vocabulary = fusion_vocabulary(split.data.vocabulary, index.vocabulary)
-    split.store.class_rows(vocabulary.reported)  # every category must be there
+    _require_categories(split, vocabulary)
     vocabulary = vocabulary.with_scorers(threshold=None)
     settings = index.inference
     if config.fixed:
@@ -602,6 +602,11 @@ def _folder(output: Path | None) -> Iterator[Path]:
         raise ConfigError("Several processes need one folder to put their predictions in.")
     with tempfile.TemporaryDirectory(prefix="proxydet-eval-") as folder:
         yield Path(folder)
+
+
+def _require_categories(split: DescribedSplit, vocabulary: Vocabulary) -> None:
+    reported = vocabulary.reported
+    split.store.class_rows(reported, vocabulary.names[len(reported) :])
 
 
 def fusion_vocabulary(vocabulary: Vocabulary, trained: Vocabulary) -> Vocabulary:

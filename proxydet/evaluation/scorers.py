@@ -157,6 +157,8 @@ class CalibrationReport:
     counted on, where there are enough images."""
     images: int
     """Images that it was learned from."""
+    reached: bool
+    """Whether the wanted precision is reached on these images; where no thresholds do, they are those with the highest. True without one."""
     not_asked: tuple[str, ...]
     """Annotated categories that are not among the classes."""
 
@@ -177,7 +179,7 @@ def calibrate_vocabulary(
         detector: Finds objects.
         split: Annotated images; a few dozen will do. Their categories are found among the classes by name.
         vocabulary: The classes, background too; marked base as it is.
-        precision: The share of detections that shall be right, in (0, 1).
+        precision: The share of detections that shall be right, in (0, 1); see `CalibrationReport.reached`.
         keep: Instead, the share of the objects that are found at all, however low they score, that shall stay found, in (0, 1).
             Without both: the thresholds with the best F1.
         score_threshold: The general threshold that they are compared with.
@@ -296,6 +298,7 @@ def calibrate_vocabulary(
         classes=tuple(classes),
         points=tuple(points),
         images=images,
+        reached=precision is None or (points[1].precision or 0.0) >= precision,
         not_asked=tuple(name for name in annotated if name not in shared),
     )
 

@@ -96,7 +96,8 @@ def described_groups(
         Nothing where no class is novel; base and novel where some are; and where the description has a folder of tars
         that covers some novel classes and others not, these two sets.
     """
-    rows_C = store.class_rows(vocabulary.reported)
+    reported = vocabulary.reported
+    rows_C = store.class_rows(reported, vocabulary.names[len(reported) :])
     novel_C: NDArray[np.bool_] = ~vocabulary.base[rows_C]
     if not novel_C.any():
         return {}

@@ -25,7 +25,7 @@ class Described(NamedTuple):
     classes: tuple[ClassWords, ...]
     """The classes, in their order."""
     missing: tuple[str, ...]
-    """Those that the file says nothing of."""
+    """Those that the file has no entry for."""
     unused: tuple[str, ...]
     """Those of the file that are not among the classes."""
 
@@ -323,13 +323,13 @@ def _with_article(name: str) -> str:
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
-def said_of(described: Described, path: Path) -> list[str]:
-    """Return in words which classes a file says nothing of, and which of its classes are not used."""
+def describe_coverage(described: Described, path: Path) -> list[str]:
+    """Return in words which classes a file has no entry for, and which of its classes are not used."""
     notes = []
     if described.missing:
         count, total = len(described.missing), len(described.classes)
         notes.append(
-            f"{path} says nothing of {count} of {total} classes: {quote_names(described.missing)}"
+            f"{path} has no entry for {count} of {total} classes: {quote_names(described.missing)}"
         )
     if described.unused:
         notes.append(

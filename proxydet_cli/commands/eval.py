@@ -672,6 +672,10 @@ def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
     if analysis["operating_points"]:
         output.data(None, "")
         output.table(operating_rows(analysis["operating_points"]))
+        output.message(
+            "above: each label of a box counts, as in average precision (one a box with inference.agnostic_nms); "
+            "predict reports one: `proxydet vocab calibrate` counts these"
+        )
     resampling = report.main.resampling
     if resampling is not None:
         output.message(

@@ -169,9 +169,9 @@ def build(
     from proxydet.models import find_detector
     from proxydet.vocabulary.descriptions import (
         describe,
+        describe_coverage,
         read_descriptions,
         read_hierarchy,
-        said_of,
         with_hierarchy,
     )
     from proxydet.vocabulary.encoder import open_encoder
@@ -200,14 +200,14 @@ def build(
         classes = read_names(names)
         if descriptions is not None:
             found = describe(classes, described)
-            classes, notes = found.classes, said_of(found, descriptions)
+            classes, notes = found.classes, describe_coverage(found, descriptions)
     elif descriptions is None and exemplars is None:
         raise typer.BadParameter("give a FILE of class names, --descriptions or --exemplars")
     else:
         classes = described
     if hierarchy is not None:
         found = with_hierarchy(classes, read_hierarchy(hierarchy))
-        classes, notes = found.classes, notes + said_of(found, hierarchy)
+        classes, notes = found.classes, notes + describe_coverage(found, hierarchy)
 
     if exemplars is None:
         opened = open_encoder(encoder, model=model, progress=show_progress())
@@ -399,7 +399,7 @@ def calibrate(
             "--precision",
             min=0.0,
             max=1.0,
-            help="Share of detections that shall be right. [default: the best balance of precision and recall, F1]",
+            help="Share of detections to be right. [default: the best balance of precision and recall, F1]",
         ),
     ] = None,
     keep: Annotated[
@@ -408,7 +408,7 @@ def calibrate(
             "--keep",
             min=0.0,
             max=1.0,
-            help="Instead, share of the objects that are found at all that shall stay found.",
+            help="Share of found objects to keep, instead of --precision.",
         ),
     ] = None,
     score_threshold: Annotated[
@@ -462,6 +462,8 @@ def calibrate(
     if out.json:
         rows = [asdict(entry) for entry in report.classes]
         value = {"file": output, "images": report.images, "classes": rows}
+        if precision is not None:
+            value["precision_reached"] = report.reached
         out.data({**value, "operating_points": points, "not_asked": report.not_asked})
         return
     out.table(
@@ -479,6 +481,10 @@ def calibrate(
     )
     out.data(None, "")
     out.table(operating_rows(points))
+    if not report.reached:
+        out.warning(
+            f"no thresholds reach a precision of {precision:g} on these images: these are the ones with the highest"
+        )
     if report.not_asked:
         out.message(f"annotated, but not asked for: {quote_names(report.not_asked)}")
     out.message(f"{output}: {len(report.classes)} classes, from {report.images} images")

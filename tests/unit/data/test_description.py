@@ -177,6 +177,15 @@ def test_what_does_not_fit_is_an_error(small_set: Path, change, error, message: 
     assert "pickle" not in str(caught.value)
 
 
+def test_categories_that_are_background_are_named_as_such(small_set: Path) -> None:
+    store = Dataset(config=edited(small_set)).store("train")
+    *reported, hidden = [category.name for category in store.categories]
+    with pytest.raises(DataError, match=f"background.*'{hidden}'"):
+        store.class_rows(reported, [hidden])
+    with pytest.raises(DataError, match=f"not in the vocabulary.*'{hidden}'"):
+        store.class_rows(reported)
+
+
 def test_frequency_groups_need_frequencies(small_set: Path) -> None:
     annotations = small_set.parent / "train.json"
     annotations.write_text(annotations.read_text().replace('"frequency"', '"often"'))

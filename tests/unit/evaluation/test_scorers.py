@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,6 +155,28 @@ def test_each_class_gets_the_threshold_that_parts_right_from_wrong(annotated, tm
     assert strict.points[1].precision >= 0.99
     half = calibrate_vocabulary(detector, opened(annotated), words, keep=0.5)
     assert 12 <= half.points[1].right < 20
+
+
+class Mistaken(Known):
+    """Scores what is wrong higher than what is right."""
+
+    def _found(self, number: int, classes: int) -> Prediction:
+        found = super()._found(number, classes)
+        return dataclasses.replace(found, boxes_N4=found.boxes_N4.flip(0))
+
+
+def test_a_precision_that_no_threshold_reaches_is_reported(annotated, calibrate, monkeypatch):
+    words = Vocabulary.from_arrays(NAMES, np.eye(3, 4))
+    assert not calibrate_vocabulary(Mistaken(), opened(annotated), words, precision=0.9).reached
+    assert calibrate_vocabulary(Known(), opened(annotated), words, precision=0.9).reached
+    monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: Mistaken())
+    options = ["--data", "few.json", "-o", "own.vocab", "--precision", "0.9"]
+    code, _, err = calibrate(*options)
+    assert code == 0
+    assert "warning" in err
+    assert "0.9" in err
+    code, out, _ = calibrate(*options, "--yes", "--json")
+    assert json.loads(out)["precision_reached"] is False
 
 
 def test_wrong_classes_and_nothing_found_are_named(annotated):

@@ -292,7 +292,7 @@ def test_build_reports_classes_that_are_in_one_of_the_files_only(encoder, tmp_pa
     words = ("vocab", "build", names, "-o", target, "--encoder", encoder, "--descriptions", said)
     done = cli(*words)
     assert done.code == 0
-    assert "says nothing of 1 of 2 classes: 'blue square'" in done.err
+    assert "has no entry for 1 of 2 classes: 'blue square'" in done.err
     assert "1 classes that are not named: 'red square'" in done.err
     assert len(cli(*words, "--json").data["notes"]) == 2
     rows = CompositionalEncoder.load(encoder).encode(["red circle", "red circle shape"])

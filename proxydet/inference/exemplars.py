@@ -500,9 +500,11 @@ def build_from_exemplars(
     made = classes_of_exemplars(
         names, [np.stack(regions[row]) for row in present], statistics, text
     )
-    for row, name, odd_N in zip(present, names, made.odd, strict=True):
-        if odd_N.any():
-            listed = [place for place, odd in zip(places[row], odd_N, strict=True) if odd]
+    for row, name, outlier_N in zip(present, names, made.outliers, strict=True):
+        if outlier_N.any():
+            listed = [
+                place for place, outlier in zip(places[row], outlier_N, strict=True) if outlier
+            ]
             logger.warning(
                 "%r: %s unlike the others left out: %s",
                 name, counted(len(listed), "exemplar"), first_of(listed),

@@ -336,7 +336,7 @@ def _boolean(key: str, text: str) -> bool:
 _MOST_BOXES = 100
 
 
-def _shown_classes(key: str, text: str) -> tuple[ShownClass, ...]:
+def _parse_exemplars(key: str, text: str) -> tuple[ShownClass, ...]:
     hint = 'e.g. [{"name": "my mug", "regions": ["..."]}], with regions of POST /api/embed'
     try:
         entries = json.loads(text)
@@ -390,7 +390,7 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "masks": _boolean,
     "one_label": _boolean,
     "classes": _classes,
-    "exemplars": _shown_classes,
+    "exemplars": _parse_exemplars,
 }
 _SEARCH_PARSERS = {**_PARSERS, "limit": _count}
 del _SEARCH_PARSERS["masks"], _SEARCH_PARSERS["exemplars"]
@@ -1294,7 +1294,7 @@ class ServingApp:
         """Embed regions of an image; called in the one thread that computes.
 
         Returns:
-            JSON: ``file``, ``width``, ``height``, and ``regions``: what `_shown_classes` takes, one for each box.
+            JSON: ``file``, ``width``, ``height``, and ``regions``: what `_parse_exemplars` takes, one for each box.
 
         Raises:
             ProxydetError: The image or a box cannot be used.

@@ -282,12 +282,12 @@ class ExemplarClasses:
     Attributes:
         vocabulary: The C classes; all count as base, which their scale keeps (`Vocabulary.base_by_similarity`).
         counts_C: int64, exemplars that count.
-        odd: For each class bool (N,), exemplars that look so unlike the others that they were left out.
+        outliers: For each class bool (N,), exemplars that look so unlike the others that they were left out.
     """
 
     vocabulary: Vocabulary
     counts_C: npt.NDArray[np.int64]
-    odd: tuple[npt.NDArray[np.bool_], ...]
+    outliers: tuple[npt.NDArray[np.bool_], ...]
 
 
 def classes_of_exemplars(
@@ -312,7 +312,7 @@ def classes_of_exemplars(
     """
     checked = check_names(names)
     dimension = statistics.means_KD.shape[1]
-    means, counts, odd = [], [], []
+    means, counts, outliers = [], [], []
     for name, given in zip(checked, regions, strict=True):
         own_ND = np.asarray(given, dtype=np.float64)
         if own_ND.ndim != 2 or own_ND.shape[1] != dimension or not len(own_ND):
@@ -329,12 +329,12 @@ def classes_of_exemplars(
         distinct_ND = own_ND[np.sort(first)]
         # Apart in what tells classes from each other, not in what all regions differ by.
         seen_ND = statistics.texts_of(distinct_ND, np.ones(len(distinct_ND)))
-        odd_N = _odd(seen_ND, statistics.expected_distance)
-        means.append(distinct_ND[~odd_N].mean(axis=0))
-        counts.append(int((~odd_N).sum()))
+        outlier_N = _outliers(seen_ND, statistics.expected_distance)
+        means.append(distinct_ND[~outlier_N].mean(axis=0))
+        counts.append(int((~outlier_N).sum()))
         whole_N = np.zeros(len(own_ND), dtype=np.bool_)
-        whole_N[np.sort(first)[odd_N]] = True
-        odd.append(whole_N)
+        whole_N[np.sort(first)[outlier_N]] = True
+        outliers.append(whole_N)
     counts_C = np.array(counts, dtype=np.int64)
     found_CD = statistics.texts_of(np.stack(means), counts_C)
     if text is not None:
@@ -355,21 +355,21 @@ def classes_of_exemplars(
             checked, found_CD, scale=scale_C, bias=np.full(len(checked), bias)
         ),
         counts_C=counts_C,
-        odd=tuple(odd),
+        outliers=tuple(outliers),
     )
 
 
-def _odd(seen_ND: FloatArray, expected: float) -> npt.NDArray[np.bool_]:
+def _outliers(seen_ND: FloatArray, expected: float) -> npt.NDArray[np.bool_]:
     """Return which rows are far from the others, and farther than rows of a class usually are: bool (N,), never half of them."""
-    odd_N = np.zeros(len(seen_ND), dtype=np.bool_)
+    outlier_N = np.zeros(len(seen_ND), dtype=np.bool_)
     if len(seen_ND) < _FEWEST_TO_TRIM:
-        return odd_N
+        return outlier_N
     centre_D = np.median(seen_ND, axis=0)
     for _ in range(3):
         distance_N = np.linalg.norm(seen_ND - centre_D, axis=1)
         middle = float(np.median(distance_N))
         spread = _MAD * float(np.median(np.abs(distance_N - middle)))
         far = max(middle + _TRIMMED_BEYOND * spread, _TRIMMED_TIMES * expected)
-        odd_N = distance_N > far
-        centre_D = seen_ND[~odd_N].mean(axis=0)
-    return odd_N
+        outlier_N = distance_N > far
+        centre_D = seen_ND[~outlier_N].mean(axis=0)
+    return outlier_N

@@ -77,8 +77,8 @@ def test_wrong_boxes_among_the_exemplars_are_left_out(statistics):
     other = int((TEXTS @ TEXTS[row]).argmin())
     mixed = np.concatenate([seen(row, 8), seen(other, 2)])
     made = classes_of_exemplars(["a"], [mixed], statistics)
-    assert made.odd[0][8:].all()
-    clean = classes_of_exemplars(["a"], [mixed[:8][~made.odd[0][:8]]], statistics)
+    assert made.outliers[0][8:].all()
+    clean = classes_of_exemplars(["a"], [mixed[:8][~made.outliers[0][:8]]], statistics)
     np.testing.assert_allclose(made.vocabulary.embeddings, clean.vocabulary.embeddings, atol=1e-6)
 
 
@@ -98,7 +98,7 @@ def test_order_and_copies_change_nothing(statistics, seed, count, copies):
     np.testing.assert_allclose(wanted.vocabulary.embeddings, other.vocabulary.embeddings, atol=1e-5)
     assert wanted.counts_C.tolist() == other.counts_C.tolist()
     assert wanted.vocabulary.scale[0] > 0
-    assert 2 * wanted.odd[0].sum() < max(count, 1)
+    assert 2 * wanted.outliers[0].sum() < max(count, 1)
 
 
 def test_without_annotated_regions_they_are_taken_to_vary_as_texts_do():

@@ -144,6 +144,22 @@ def command_app(help: str | None = None, *, default: str | None = None) -> typer
     )
 
 
+def given_options(context: typer.Context, *names: str) -> list[str]:
+    """Return which options stand on the command line, as ``--name``.
+
+    Args:
+        context: Of the command.
+        names: Names of the parameters that are looked for.
+    """
+    found = []
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in names and source is not None and source.name == "COMMANDLINE":
+            off = context.params[option.name] is False and option.secondary_opts
+            found.append(max(off or option.opts, key=len))
+    return found
+
+
 def examples(*lines: str) -> str:
     """Lay out a command's examples, one a line, for its ``epilog``."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

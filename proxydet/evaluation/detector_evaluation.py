@@ -502,6 +502,7 @@ def evaluate_index(
     index: RegionIndex,
     split: DescribedSplit,
     *,
+    vocabulary: Vocabulary | None = None,
     config: EvaluationConfig | None = None,
     progress: Progress = SILENT,
 ) -> Evaluation:
@@ -510,15 +511,17 @@ def evaluate_index(
     Args:
         index: Holds the regions of the split's images.
         split: The images, their annotations and classes.
+        vocabulary: What to look for instead of the classes of the split: other embeddings of them, perhaps with background.
         config: How to score; boxes only.
         progress: Where progress is shown.
 
     Raises:
-        DataError: Images of the split are not in the index.
+        DataError: Images of the split are not in the index, or a category of it is not in the vocabulary.
     """
     config = config or EvaluationConfig()
     check_protocol(config, split.truth)
-    vocabulary = fusion_vocabulary(split.data.vocabulary, index.vocabulary)
+    chosen = split.data.vocabulary if vocabulary is None else vocabulary
+    vocabulary = fusion_vocabulary(chosen, index.vocabulary)
     _require_categories(split, vocabulary)
     vocabulary = vocabulary.with_scorers(threshold=None)
     settings = index.inference

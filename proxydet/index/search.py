@@ -236,8 +236,9 @@ class RegionIndex(TrainedClasses):
         hits: list[ImageHit] = []
         start, end = 0, min(top or _IMAGES_AT_ONCE, _IMAGES_AT_ONCE)
         while start < len(order_H):
-            # No image behind can be better: background classes, and rounding, only lower what the scan found.
-            better = sum(hit.score >= bound_H[start] - 2 * _MARGIN for hit in hits)
+            # No image behind can be better than these: background classes only lower what the scan found, rounding changes
+            # it by less than the margin.
+            better = sum(hit.score >= bound_H[start] + _MARGIN for hit in hits)
             if top is not None and better >= top:
                 break
             places = slice(start, end)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxydet_cli.opening import check_choice, chosen_vocabulary
+from proxydet_cli.opening import add_background, check_choice, chosen_vocabulary
 from proxydet_cli.options import (
+    Background,
     BaseAbove,
     Classes,
     Json,
@@ -21,10 +22,12 @@ from proxydet_cli.options import (
     Yes,
     command_app,
     examples,
+    given_options,
 )
 
 if TYPE_CHECKING:
     from proxydet.index.search import ImageHit, RegionIndex
+    from proxydet.vocabulary.vocabulary import Vocabulary
     from proxydet_cli.output import Output
 
 app = command_app()
@@ -42,12 +45,14 @@ _SUFFIXES = (".json", ".csv", ".html")
     )
 )
 def search(
+    context: typer.Context,
     index: Annotated[
         Path, typer.Argument(metavar="INDEX", help="The folder that proxydet index wrote.")
     ],
     classes: Classes = None,
     vocabulary: VocabularySource = None,
     names: NamesFile = None,
+    background: Background = None,
     score_threshold: Annotated[
         float,
         typer.Option(
@@ -119,7 +124,23 @@ def search(
     from proxydet.errors import ConfigError
     from proxydet_cli.output import Output
 
-    check_choice(classes, vocabulary, names)
+    check_choice(classes, vocabulary, names, background)
+    if data is None:
+        if given_options(context, "split"):
+            raise typer.BadParameter("--split belongs to --eval")
+    elif useless := given_options(
+        context,
+        "output",
+        "limit",
+        "score_threshold",
+        "top",
+        "one_label",
+        "approximately",
+        "base_above",
+    ):
+        raise typer.BadParameter(
+            f"--eval scores all detections as proxydet eval does: leave out {', '.join(useless)}"
+        )
     if output is not None and output.suffix.lower() not in _SUFFIXES:
         raise ConfigError(
             f"{output} is of no kind that can be written: {', '.join(_SUFFIXES)}",
@@ -130,9 +151,16 @@ def search(
     out = Output(json=json)
     opened = RegionIndex(index)
     if data is not None:
-        _evaluate(opened, data, split, vocabulary or classes, out)
+        chosen = None
+        if classes is not None or vocabulary is not None:
+            chosen = chosen_vocabulary(
+                opened, classes, vocabulary, names, background=background, yes=yes
+            )
+        _evaluate(opened, data, split, chosen, background, out)
         return
-    wanted = chosen_vocabulary(opened, classes, vocabulary, names, base_above, yes=yes)
+    wanted = chosen_vocabulary(
+        opened, classes, vocabulary, names, base_above, background=background, yes=yes
+    )
     began = time.perf_counter()
     hits = opened.search(
         wanted,
@@ -190,10 +218,14 @@ def _write(
 
 
 def _evaluate(
-    opened: RegionIndex, data: str, split: str, vocabulary: str | None, out: Output
+    opened: RegionIndex,
+    data: str,
+    split: str,
+    vocabulary: Vocabulary | None,
+    background: str | None,
+    out: Output,
 ) -> None:
-    import dataclasses
-
+    """Print the average precision on a split, of its own classes where no vocabulary is chosen."""
     from proxydet.data.dataset import DatasetConfig
     from proxydet.evaluation.config import EvaluationConfig
     from proxydet.evaluation.detector_evaluation import evaluate_index
@@ -206,13 +238,14 @@ def _evaluate(
     description = DatasetConfig.from_toml(
         path if path.exists() else prepared if prepared.exists() else path
     )
-    if vocabulary is not None:
-        classes = dataclasses.replace(description.classes, embeddings=Path(vocabulary).absolute())
-        description = dataclasses.replace(description, vocabulary=classes)
     progress = show_progress()
     config = EvaluationConfig(iou_types=("bbox",))
     opened_split = DescribedSplit.open(description, split, progress=progress)
-    report = evaluate_index(opened, opened_split, config=config, progress=progress).report
+    if vocabulary is None and background is not None:
+        vocabulary = add_background(opened, opened_split.data.vocabulary, background)
+    report = evaluate_index(
+        opened, opened_split, vocabulary=vocabulary, config=config, progress=progress
+    ).report
     if out.json:
         out.data(report.to_dict())
         return

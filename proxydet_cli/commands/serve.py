@@ -36,6 +36,7 @@ from proxydet_cli.options import (
     Yes,
     command_app,
     examples,
+    given_options,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ if TYPE_CHECKING:
     from proxydet_cli.output import Output
 
 app = command_app()
+
+# Parameters that do nothing with --index.
+_DETECTOR_ONLY = (
+    *("run", "weights", "config", "device", "max_upload", "tta", "precision", "rescore"),
+    *("tiles", "tile_overlap", "whole_image"),
+)
 
 Host = Annotated[
     str,
@@ -99,7 +106,7 @@ MaxMegapixels = Annotated[
     typer.Option(
         "--max-megapixels",
         min=0.01,
-        help="Largest image, in million pixels.",
+        help="Largest image, in million pixels; with --index the largest that is shown.",
         rich_help_panel="Limits",
     ),
 ]
@@ -129,6 +136,7 @@ Timeout = Annotated[
     )
 )
 def serve(
+    context: typer.Context,
     classes: Classes = None,
     vocabulary: VocabularySource = None,
     names: NamesFile = None,
@@ -173,9 +181,9 @@ def serve(
     from proxydet.serve.server import serve as serve_app
     from proxydet_cli.commands.download import with_downloads
 
-    if index is not None and (run, weights, config, precision, tta) != (None,) * 4 + (False,):
+    if index is not None and (useless := given_options(context, *_DETECTOR_ONLY)):
         raise typer.BadParameter(
-            "--index needs no detector: leave out --run, --weights, --config, --tta and --precision"
+            f"--index runs no detector and takes no uploads: leave out {', '.join(useless)}"
         )
     if index is not None and not index.is_dir():  # before the address is printed
         raise DataError(

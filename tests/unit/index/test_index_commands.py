@@ -17,6 +17,7 @@ from proxydet.evaluation.detector_evaluation import evaluate_index, evaluate_spl
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.index.search import RegionIndex
 from proxydet.reporting import SilentProgress
+from proxydet.vocabulary.encoder import open_encoder
 from proxydet_cli import progress
 
 
@@ -88,6 +89,11 @@ def test_what_makes_no_sense_is_refused(run):
         ("index", "photos", "-o", "x.index", "--regions", "9"),
         ("index", "remove", "x.index"),
         ("serve", "--index", "x.index", "--run", "runs/x"),
+        ("serve", "--index", "x.index", "--tiles", "800", "--device", "cuda:7"),
+        ("serve", "--index", "x.index", "--max-upload", "1"),
+        ("search", "x.index", "--eval", "pets", "-o", "found.html"),
+        ("search", "x.index", "--eval", "pets", "--limit", "100", "--all-labels"),
+        ("search", "x.index", "--split", "val"),
     ):
         assert run(*words).code == 2, words
     Path("empty.txt").write_text("\n")
@@ -101,7 +107,9 @@ def test_average_precision_of_an_index_is_that_of_the_detector(run, tmp_path):
     config = SyntheticConfig(images_train=2, images_val=4, image_label_images_per_class=1)
     data = make_dataset(tmp_path / "drawn", config)
     split = DescribedSplit.open(data)
-    eyes = Detector(random_network(split.data.vocabulary), shortest=96, longest=160)
+    own = split.data.vocabulary
+    encoder = open_encoder(data.parent / "text_encoder.json")
+    eyes = Detector(random_network(own), shortest=96, longest=160, encoder=encoder)
     from region_indexes import made
 
     index = made(tmp_path / "val.index", eyes, split.images.roots[0])
@@ -114,5 +122,12 @@ def test_average_precision_of_an_index_is_that_of_the_detector(run, tmp_path):
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-3, nan_ok=True)
     shown = run("search", index, "--eval", data, "--json")
     assert json.loads(shown.out)["counts"]["detections"] == wanted.report.counts.detections
+    # Class names, not the path of a file.
+    words = ("--eval", data, "-v", ", ".join(own.names), "--json")
+    assert run("search", index, *words).data["counts"] == shown.data["counts"]
+    hidden = run("search", index, *words, "--background", "striped").data
+    assert hidden["counts"]["detections"] < shown.data["counts"]["detections"]
+    few = run("search", index, "--eval", data, "-v", own.names[0])
+    assert (few.code, "not in the vocabulary" in few.err) == (3, True)
     shutil.rmtree(split.images.roots[0])
     assert evaluate_index(RegionIndex(index), split, config=scoring).report.counts.images == 4

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from proxydet.config import merge
-from proxydet.data.images import Pixels, read_image
+from proxydet.data.images import Pixels
 from proxydet.detections import Detections
 from proxydet.errors import ConfigError, DataError, MissingDependencyError, VocabularyError
 from proxydet.files import sha256, staged, write_errors
@@ -142,7 +142,10 @@ class RegionIndex(TrainedClasses):
         """
         source = self.source_at(number)
         if source is None:
-            raise DataError(f"{self.stored.path} holds no image with the number {number}")
+            raise DataError(
+                f"{self.stored.path} holds no image with the number {number}",
+                hint="numbers are those of the hits of this index, as long as it is open",
+            )
         return source.read()
 
     def settings(self, **changes: bool | float | None) -> InferenceConfig:
@@ -478,7 +481,7 @@ def results_page(hits: list[ImageHit], *, title: str, summary: str, facts: Facts
         height, width = hit.found.image_size
         note = ""
         try:
-            image = Image.fromarray(read_image(Path(hit.path)))
+            image = Image.fromarray(hit.source.read())
             if image.size != (width, height):
                 note = " (changed since it was indexed)"
         except DataError:

@@ -336,14 +336,17 @@ class DetectRows:
             if isinstance(image, str | Path):
                 return self._work.prepare(SourceImage(str(image)).read())
             if image is None:
-                raise DataError("there is no image: the value is null")
+                raise DataError(
+                    "there is no image: the value is null",
+                    hint="give uint8 arrays (H, W, 3), or paths",
+                )
             try:
                 if not isinstance(image, Image.Image):
                     image = np.ascontiguousarray(image)
                 pixels = as_pixels(image, self._order)  # type: ignore[arg-type]
             except (InputError, TypeError, ValueError) as error:
                 what = error.message if isinstance(error, InputError) else f"not an image: {error}"
-                raise DataError(what) from error
+                raise DataError(what, hint="give uint8 arrays (H, W, 3), or paths") from error
             return self._work.prepare(pixels)
 
         running = run_images(

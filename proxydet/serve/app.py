@@ -28,7 +28,6 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from importlib.resources import files
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -1274,12 +1273,19 @@ class ServingApp:
         index = self._loaded.index
         assert index is not None
         size = _count("size", request.query_params.get("size", "360"))
-        path = index.path_at(request.path_params["number"])
-        if path is None:
+        number = request.path_params["number"]
+        source = index.source_at(number)
+        if source is None:
             raise HTTPException(404)
+        if "://" in (
+            source.tar or source.name
+        ):  # an index of someone else must not make the server fetch what it names
+            raise RequestError(
+                404, "not-found", "the image is in an object store, which the server does not read"
+            )
 
         def scaled() -> bytes:
-            image = Image.fromarray(read_image(Path(path)))
+            image = Image.fromarray(source.read())
             image.thumbnail((min(size, _LARGEST_SHOWN),) * 2)
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=88)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from region_indexes import made
 from starlette.testclient import TestClient
 
 from proxydet import RegionIndex
+from proxydet.index.build import index_files, open_writer
+from proxydet.index.search import results_page
+from proxydet.inference.sources import SourceImage, stream_images
 from proxydet.serve.app import Served, ServingSettings, build_app
 
 WORDS = ["red star", "blue circle"]
@@ -54,6 +59,28 @@ def test_a_search_over_http_finds_what_the_index_finds(searching, index):
     image = searching.get(f"/images/{wanted[0].number}.jpg", params={"size": "40"})
     assert max(Image.open(io.BytesIO(image.content)).size) == 40
     assert "app.js" not in searching.get("/").text
+
+
+def test_members_of_a_tar_are_shown_and_objects_of_a_store_are_not_fetched(
+    photos, detector, tmp_path, monkeypatch
+):
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(photos / "photo 0.png", "photo 0.png")
+    with open_writer(detector, tmp_path / "tar.index") as writer:
+        found = stream_images([str(tmp_path / "photos.tar")], Counter())
+        index_files(detector, found, writer)
+    index = RegionIndex(tmp_path / "tar.index")
+    page = results_page(index.search(WORDS, score_threshold=0.0), title="", summary="")
+    captions = [image.caption for image in page.sections[0].images]
+    assert len(captions) == 1
+    assert "not there any more" not in captions[0]
+    app = build_app(Served(index=index), ServingSettings())
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        image = client.get("/images/0.jpg", params={"size": "40"})
+        assert max(Image.open(io.BytesIO(image.content)).size) == 40
+        elsewhere = SourceImage("memory://photos/0.png")
+        monkeypatch.setattr(RegionIndex, "source_at", lambda *_: elsewhere)
+        assert client.get("/images/0.jpg").status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,22 @@ def open_detector(
     from proxydet_cli.commands.download import with_downloads
 
     also = fetch_published(named, classes, vocabulary, yes=yes)  # before torch is loaded
-    from proxydet.detector import open_named
+    return with_downloads(lambda: open_here(named, device=device), also=also, yes=yes)
 
-    return with_downloads(lambda: open_named(named, device=device), also=also, yes=yes)
+
+def open_here(named: NamedDetector, *, device: str) -> Detector:
+    """Open a detector in this process, which keeps freed memory from then on if the detector is on the CPU.
+
+    Raises:
+        ProxydetError: It cannot be opened.
+    """
+    from proxydet.detector import open_named
+    from proxydet.runtime.processes import keep_freed_memory
+
+    detector = open_named(named, device=device)
+    if detector.network.device.type == "cpu":
+        keep_freed_memory()
+    return detector
 
 
 def fetch_published(

@@ -36,6 +36,7 @@ from proxydet.inference.writers import PART_KINDS
 from proxydet.modeling.postprocess import to_host
 from proxydet.modeling.weights import weights_digest
 from proxydet.models import NamedDetector, find_detector
+from proxydet.runtime.processes import keep_freed_memory
 from proxydet.wording import json_text
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class OpenDetection:
         if self.settings.tiles:
             read_large_images()
         detector = open_named(self.named, device=device)
+        if detector.network.device.type == "cpu":
+            keep_freed_memory()
         return DetectionWork(detector=detector, vocabulary=self.vocabulary, settings=self.settings)
 
 

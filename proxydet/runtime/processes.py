@@ -79,7 +79,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that tensors on the CPU free, for the next ones, until it ends.
 
     By default glibc returns large blocks to the system at once, which then clears every page of the next one: up to a fifth of the
-    time of a small network's training. Values do not change.
+    time of a small network, more where several processes do. Values do not change.
 
     Returns:
         Whether the C library is glibc, which can.

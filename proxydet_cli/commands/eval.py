@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from proxydet.errors import ConfigError, DataError, InputError
-from proxydet_cli.opening import add_background, tuned
+from proxydet_cli.opening import add_background, open_here, tuned
 from proxydet_cli.options import (
     Background,
     Device,
@@ -534,7 +534,6 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
     with _processes(options, options.folder(description.name)) as device:
         if device is None:
             return
-        from proxydet.detector import open_named
         from proxydet.evaluation.detector_evaluation import (
             evaluate_split,
             fusion_vocabulary,
@@ -542,7 +541,7 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
         )
 
         split = _open_split(description, options, progress)
-        opened = open_named(named, device=device)
+        opened = open_here(named, device=device)
         detector = tuned(opened, tta=options.tta, precision=options.precision, **options.settings)
         folder = options.folder(description.name)
         classes = None

@@ -10,6 +10,7 @@ import gzip
 import heapq
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -59,6 +60,9 @@ RETRY_WAITS_S = (1.0, 5.0)
 """Seconds between the attempts to read from an object store."""
 LARGEST_IMAGE = 1 << 30
 """Bytes of an image in a tar or a store, which is read into memory as a whole."""
+
+TAG_AGE_S = 60.0
+"""Seconds that the tag of a tar in a store is trusted, before the store is asked for it again."""
 
 _CAMERA = re.compile(r"webcam(?::(\d{1,3}))?")
 _LONGEST_NAME = 1 << 16
@@ -126,14 +130,18 @@ class SourceImage(NamedTuple):
             return Path(root, self.name)
         place = self.tar or self.name
         if (self.size or 0) > LARGEST_IMAGE:
-            raise DataError(
-                f"{self.name} is larger than {size_text(LARGEST_IMAGE)}", hint="give it as a file"
-            )
+            raise self._too_large()
         length = LARGEST_IMAGE + 1 if self.size is None else self.size
         if "://" in place:
-            store, path = _store(place)
-            part = {"start": self.offset, "end": self.offset + length} if self.tar else {}
-            data: bytes = _asked(place, lambda: store.cat_file(path, **part))
+            if self.tar and self.stamp not in ("", _tag_now(place)):
+                raise DataError(
+                    f"cannot read {self.name}: the tar has changed since it was listed", hint=_AGAIN
+                )
+            data = _read_range(place, self.offset, length if self.tar else length + 1)
+            if not self.tar and len(data) > length:  # another object than was listed
+                data = _read_range(place, 0, LARGEST_IMAGE + 1)
+            if len(data) > LARGEST_IMAGE:
+                raise self._too_large()
         else:
             try:
                 with open_regular(Path(root, place)) as file:
@@ -152,6 +160,11 @@ class SourceImage(NamedTuple):
                 f"cannot read {self.name}: the tar ends in the middle of it", hint=_AGAIN
             )
         return data
+
+    def _too_large(self) -> DataError:
+        return DataError(
+            f"{self.name} is larger than {size_text(LARGEST_IMAGE)}", hint="give it as a file"
+        )
 
     def read(self, root: str = "") -> Pixels:
         """Decode the image; arguments and errors as of `encoded` and `proxydet.data.images.read_image`."""
@@ -454,7 +467,7 @@ def _in_tar(place: str, left_out: Counter[str]) -> Iterator[tuple[SourceImage, P
         with contextlib.ExitStack() as stack:
             if remote:
                 store, key = _store(place)
-                info = _asked(place, lambda: store.info(key))
+                info = _info(place)
                 file: BinaryIO = stack.enter_context(_asked(place, lambda: store.open(key, "rb")))
                 length, stamp = int(info["size"]), _tag(info)
             else:
@@ -552,8 +565,38 @@ def _folders_in(store: Any, root: str) -> Iterator[list[dict[str, Any]]]:
 
 
 def _tag(info: Mapping[str, Any]) -> str:
-    keys = ("ETag", "etag", "mtime", "LastModified", "updated", "created")
+    keys = ("ETag", "etag", "mtime", "LastModified", "Last-Modified", "updated", "created")
     return next((str(info[key]) for key in keys if info.get(key)), "")
+
+
+def _info(url: str) -> Mapping[str, Any]:
+    """Return what a store says of an object now, not what fsspec remembers of it."""
+    store, path = _store(url)
+    store.invalidate_cache()
+    info: Mapping[str, Any] = _asked(url, lambda: store.info(path))
+    return info
+
+
+_tags: dict[str, tuple[float, str]] = {}  # when it was asked for, and the tag
+
+
+def _tag_now(url: str) -> str:
+    """Return the tag of a tar, as it was `TAG_AGE_S` ago at most."""
+    now = time.monotonic()
+    asked, tag = _tags.get(url, (-math.inf, ""))
+    if now - asked >= TAG_AGE_S:
+        if len(_tags) > 1000:
+            _tags.clear()
+        tag = _tag(_info(url))
+        _tags[url] = now, tag
+    return tag
+
+
+def _read_range(url: str, start: int, length: int) -> bytes:
+    """Return bytes of an object, fewer where it ends before; a server that knows no ranges gives all."""
+    store, path = _store(url)
+    data: bytes = _asked(url, lambda: store.cat_file(path, start=start, end=start + length))
+    return data
 
 
 def _store(url: str) -> tuple[Any, str]:

@@ -145,6 +145,32 @@ def test_members_of_tars_are_images_wherever_the_tar_is(tmp_path):
         images[0].read()
 
 
+def test_what_changed_in_a_store_is_not_read_as_what_was_listed(tmp_path, monkeypatch):
+    store = fsspec.filesystem("memory")
+    tars = []
+    for value in (7, 9):
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w") as file:
+            member = tarfile.TarInfo("a.png")
+            member.size = len(png(value))
+            file.addfile(member, io.BytesIO(png(value)))
+        tars.append(data.getvalue())
+    store.pipe("/changing/a.tar", tars[0])
+    store.pipe("/changing/b.png", png(1))
+    packed, single = stream_images(["memory://changing/*"], Counter())
+    monkeypatch.setattr(sources, "TAG_AGE_S", 0.0)
+    assert packed.read().max() == 7
+    store.pipe("/changing/a.tar", tars[1])
+    with pytest.raises(DataError, match="tar has changed"):
+        packed.read()
+    store.pipe("/changing/b.png", png(2, (90, 80)))
+    assert single.read().shape == (90, 80, 3)
+    monkeypatch.setattr(sources, "LARGEST_IMAGE", 50)
+    for image in (single._replace(size=10), SourceImage("memory://changing/b.png")):
+        with pytest.raises(DataError, match="larger than"):
+            image.read()
+
+
 # --- Planning ------------------------------------------------------------------------------------------------------------
 
 

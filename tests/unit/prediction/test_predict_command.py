@@ -634,3 +634,33 @@ def test_mistakes_in_the_background_are_named(run, folder, background, what):
     code, _, err = run(folder / "a0.png", "-v", "red circle", "--background", background)
     assert code == 3
     assert what in err
+
+
+def test_what_is_not_an_image_is_a_row_with_its_error(detector):
+    from proxydet.errors import ConfigError
+    from proxydet.inference.rows import DetectRows
+
+    step = DetectRows(detector, ["red circle"], batch_size=1)
+    grey, clear = np.zeros((40, 40), np.uint8), np.zeros((40, 40, 4), np.uint8)
+    found = step([grey, np.zeros((40, 40, 3), np.uint8), None, clear, [[1], [2, 3]]])
+    assert [bool(row["error"]) for row in found] == [True, False, True, True, True]
+    with pytest.raises(ConfigError, match="channel_order"):
+        DetectRows(detector, ["red circle"], channel_order="gbr")
+
+
+def test_a_name_that_is_not_utf8_has_its_row_in_a_table_where_it_cannot_be_read():
+    from proxydet.inference.rows import columns
+    from proxydet.inference.sharded import Row
+    from proxydet.inference.sources import SourceImage
+
+    row = columns(Row(SourceImage("a\udcff.png"), None, "cannot read a\udcff.png"))
+    assert (row["file"], row["error"]) == ("a\\udcff.png", "cannot read a\\udcff.png")
+
+
+def test_a_mistake_in_the_sources_leaves_the_job_that_is_to_be_replaced(run, folder):
+    (folder / "broken.jpg").unlink()
+    assert run(folder, "--save", "jsonl", "-o", "job")[0] == 0
+    rows = parts(Path("job"))
+    code, _, err = run("absent", "--save", "jsonl", "-o", "job", "--overwrite")
+    assert (code, "absent" in err) == (3, True)
+    assert parts(Path("job")) == rows

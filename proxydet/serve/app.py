@@ -47,7 +47,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxydet._version import __version__
-from proxydet.data.images import Pixels, read_image
+from proxydet.data.images import Pixels, image_size, open_image, read_image
 from proxydet.detections import Detections
 from proxydet.errors import (
     ConfigError,
@@ -64,6 +64,7 @@ from proxydet.wording import json_text
 if TYPE_CHECKING:
     from proxydet.detector import Detector
     from proxydet.index.search import RegionIndex
+    from proxydet.inference.sources import SourceImage
     from proxydet.modeling.config import InferenceConfig
     from proxydet.vocabulary.exemplars import RegionStatistics
     from proxydet.vocabulary.sources import TrainedClasses
@@ -1180,8 +1181,10 @@ class ServingApp:
             await asyncio.to_thread(_check_header, upload.data, self.settings.max_pixels)
             return await self._computed(request, work)
 
-    async def _computed(self, request: Request, work: Callable[[], bytes]) -> Response:
-        """Wait for a job that returns JSON, unless the client goes away before."""
+    async def _computed(
+        self, request: Request, work: Callable[[], bytes], media_type: str = "application/json"
+    ) -> Response:
+        """Wait for a job that returns the content of a response, unless the client goes away before."""
         content = asyncio.ensure_future(self.queue.run(work, timeout=self.settings.wait_seconds))
         gone = asyncio.ensure_future(request.receive())
         either: list[asyncio.Future[Any]] = [content, gone]
@@ -1189,7 +1192,7 @@ class ServingApp:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not content.done():
                 raise ClientDisconnect
-            return Response(content.result(), media_type="application/json")
+            return Response(content.result(), media_type=media_type)
         finally:
             gone.cancel()
             content.cancel()
@@ -1270,31 +1273,53 @@ class ServingApp:
 
     async def _get_image(self, request: Request) -> Response:
         """Send an image of the index, scaled down to ``size`` pixels."""
+        self.queue.admit()
         index = self._loaded.index
         assert index is not None
         size = _count("size", request.query_params.get("size", "360"))
-        number = request.path_params["number"]
-        source = index.source_at(number)
+        source = index.source_at(request.path_params["number"])
         if source is None:
             raise HTTPException(404)
-        if "://" in (
-            source.tar or source.name
-        ):  # an index of someone else must not make the server fetch what it names
+        # An index of someone else must not make the server fetch what it names.
+        if "://" in (source.tar or source.name):
             raise RequestError(
                 404, "not-found", "the image is in an object store, which the server does not read"
             )
+        async for _ in request.stream():
+            pass
+        return await self._computed(request, partial(self._scaled, source, size), "image/jpeg")
 
-        def scaled() -> bytes:
-            image = Image.fromarray(source.read())
-            image.thumbnail((min(size, _LARGEST_SHOWN),) * 2)
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=88)
-            return buffer.getvalue()
+    def _scaled(self, source: SourceImage, size: int) -> bytes:
+        """Read and scale down an image; called in the one thread that computes, so one is in memory at a time.
 
+        Returns:
+            A JPEG file.
+
+        Raises:
+            RequestError: The image cannot be read (404), or has too many pixels (413).
+        """
         try:
-            return Response(await asyncio.to_thread(scaled), media_type="image/jpeg")
+            encoded = source.encoded()
+            height, width = image_size(encoded, name=source.name)
+            if height * width > self.settings.max_pixels:
+                raise RequestError(
+                    413,
+                    "picture-size",
+                    f"the image has {width} x {height} pixels; the limit is {self.settings.max_pixels / 1e6:g} million",
+                    hint="start the server with a larger --max-megapixels",
+                )
+            image = open_image(encoded, name=source.name)
         except DataError as error:
             raise RequestError(404, "not-found", error.message, hint=error.hint) from error
+        except MemoryError as error:
+            raise RuntimeEnvironmentError(
+                "not enough memory for this image",
+                hint="start the server with a smaller --max-megapixels",
+            ) from error
+        image.thumbnail((min(size, _LARGEST_SHOWN),) * 2)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=88)
+        return buffer.getvalue()
 
     def _embed_boxes(self, upload: Upload, boxes: list[list[float]]) -> bytes:
         """Embed regions of an image; called in the one thread that computes.

@@ -48,7 +48,7 @@ app = command_app()
 
 # Parameters that do nothing with --index.
 _DETECTOR_ONLY = (
-    *("run", "weights", "config", "device", "max_upload", "max_megapixels", "tta", "precision"),
+    *("run", "weights", "config", "device", "max_upload", "tta", "precision"),
     *("rescore", "tiles", "tile_overlap", "whole_image"),
 )
 
@@ -106,7 +106,7 @@ MaxMegapixels = Annotated[
     typer.Option(
         "--max-megapixels",
         min=0.01,
-        help="Largest image, in million pixels.",
+        help="Largest image, in million pixels; with --index the largest that is shown.",
         rich_help_panel="Limits",
     ),
 ]

@@ -116,3 +116,17 @@ def test_approximate_search_finds_the_best_or_says_what_is_missing(exact, monkey
         RegionIndex(exact).search(WORDS, approximately=True)
     assert index.build_approximate() == tree
     assert index.stored.verify() == []
+
+
+def test_background_that_takes_the_best_regions_does_not_end_a_search_too_early(exact, monkeypatch):
+    index = RegionIndex(exact)
+    monkeypatch.setattr("proxydet.index.search._MARGIN", 0.05)  # what is rare becomes frequent
+    for seed in (13, 47):
+        draw = np.random.default_rng(seed)
+        embeddings = draw.normal(size=(4, 64))
+        embeddings[3] = embeddings[0] + 0.3 * draw.normal(size=64)  # the background: like a class
+        classes = Vocabulary.from_arrays([*"abcd"], embeddings, background=[0, 0, 0, 1])
+        scores = [hit.score for hit in index.search(classes, score_threshold=0.1)]
+        for top in (1, 2):
+            some = index.search(classes, score_threshold=0.1, top=top)
+            assert [hit.score for hit in some] == scores[:top]

@@ -110,3 +110,10 @@ def test_a_file_that_is_gone_and_a_damaged_index_are_reported(photos, detector, 
         part.write_bytes(b"")
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         assert client.get("/api/search").json()["error"]["kind"] == "index"
+
+
+def test_an_image_above_the_limit_is_not_decoded(index):
+    app = build_app(Served(index=index), ServingSettings(max_pixels=4000))
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        shown = [client.get(f"/images/{number}.jpg").status_code for number in range(3)]
+    assert sorted(shown) == [200, 200, 413]

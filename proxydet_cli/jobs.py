@@ -8,47 +8,18 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from proxydet_cli.options import panel
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.inference.sharded import ImageWork, OpenWork, PartFormat, Shard
 
-_PANEL = "Many images"
-
-ShardOption = Annotated[
-    str | None,
-    typer.Option(
-        "--shard",
-        metavar="I/N",
-        help="Run one of N shards, 0/N to (N-1)/N, next to processes that run the others. auto: as SLURM or SkyPilot numbers "
-        "this task; auto/N: as an indexed Job of Kubernetes does.",
-        rich_help_panel=_PANEL,
-    ),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        min=1,
-        help="Processes of this machine, which share its cores; with --engine ray, actors.",
-        rich_help_panel=_PANEL,
-    ),
-]
-Gpus = Annotated[
-    int | None,
-    typer.Option(
-        "--gpus",
-        min=1,
-        help="Instead of --workers: a process for each of N GPUs.",
-        rich_help_panel=_PANEL,
-    ),
-]
+_many = panel("Many images")
 
 
 class Engine(str, Enum):
@@ -58,223 +29,217 @@ class Engine(str, Enum):
     ray = "ray"
 
 
-EngineOption = Annotated[
-    Engine,
-    typer.Option(
-        "--engine",
-        help="What runs the workers: processes of this machine, or actors of Ray (of the cluster that RAY_ADDRESS names).",
-        rich_help_panel=_PANEL,
-    ),
-]
-PartSize = Annotated[
-    int | None,
-    typer.Option(
-        "--part-size",
-        min=1,
-        help="Images in a file of results. [default: 1000; fewer where there are less than 64,000]",
-        show_default=False,
-        rich_help_panel=_PANEL,
-    ),
-]
-MaxErrors = Annotated[
-    int | None,
-    typer.Option(
-        "--max-errors",
-        min=0,
-        help="Stop where more images cannot be read. [default: never]",
-        show_default=False,
-        rich_help_panel=_PANEL,
-    ),
-]
-RetryErrors = Annotated[
-    bool,
-    typer.Option(
-        "--retry-errors",
-        help="Run again on the parts with images that could not be read.",
-        rich_help_panel=_PANEL,
-    ),
-]
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """Options of a job over many images."""
 
+    shard: Annotated[
+        str | None,
+        _many(
+            "--shard",
+            metavar="I/N",
+            help="Run one of N shards, 0/N to (N-1)/N, next to processes that run the others. auto: as SLURM or SkyPilot numbers "
+            "this task; auto/N: as an indexed Job of Kubernetes does.",
+        ),
+    ] = None
+    workers: Annotated[
+        int | None,
+        _many(
+            "--workers",
+            min=1,
+            help="Processes of this machine, which share its cores; with --engine ray, actors.",
+        ),
+    ] = None
+    gpus: Annotated[
+        int | None,
+        _many("--gpus", min=1, help="Instead of --workers: a process for each of N GPUs."),
+    ] = None
+    engine: Annotated[
+        Engine,
+        _many(
+            "--engine",
+            help="What runs the workers: processes of this machine, or actors of Ray (of the cluster that RAY_ADDRESS names).",
+        ),
+    ] = Engine.processes
+    part_size: Annotated[
+        int | None,
+        _many(
+            "--part-size",
+            min=1,
+            help="Images in a file of results. [default: 1000; fewer where there are less than 64,000]",
+            show_default=False,
+        ),
+    ] = None
+    max_errors: Annotated[
+        int | None,
+        _many(
+            "--max-errors",
+            min=0,
+            help="Stop where more images cannot be read. [default: never]",
+            show_default=False,
+        ),
+    ] = None
+    retry_errors: Annotated[
+        bool,
+        _many("--retry-errors", help="Run again on the parts with images that could not be read."),
+    ] = False
 
-def check_job(
-    folder: Path,
-    sources: Sequence[str],
-    *,
-    shard: str | None,
-    overwrite: bool,
-    workers: int | None,
-    gpus: int | None,
-    engine: Engine,
-    module: str,
-) -> Shard:
-    """Check what can be checked before a detector is opened, and begin to load workers.
+    @property
+    def here(self) -> bool:
+        """Whether this process does the work, and starts no others."""
+        return (self.workers or self.gpus or 1) == 1 and self.engine is Engine.processes
 
-    Args:
-        folder: Of the job.
-        sources: What the user named.
-        shard: What ``--shard`` takes.
-        overwrite: Replace the job that is there.
-        workers: What ``--workers`` takes.
-        gpus: What ``--gpus`` takes.
-        engine: What ``--engine`` takes.
-        module: What the workers load.
+    def check(self, folder: Path, sources: Sequence[str], *, overwrite: bool, module: str) -> Shard:
+        """Check what can be checked before a detector is opened, and begin to load workers.
 
-    Returns:
-        The shard.
+        Args:
+            folder: Of the job.
+            sources: What the user named.
+            overwrite: Replace the job that is there.
+            module: What the workers load.
 
-    Raises:
-        ConfigError: Options contradict each other, or videos are among the sources.
-        RuntimeEnvironmentError: Files cannot be saved in the folder.
-    """
-    from proxydet.errors import ConfigError
-    from proxydet.inference.sharded import Shard, load_ahead
-    from proxydet.inference.sources import is_video
-    from proxydet.inference.writers import check_folder
+        Returns:
+            The shard.
 
-    chosen = Shard.parse(shard) if shard is not None else Shard()
-    video = next(filter(is_video, sources), None)
-    if video is not None:
-        raise ConfigError(
-            f"{video} is a video, and a job runs on images",
-            hint="run on videos by themselves: proxydet predict VIDEO --save images,json",
-        )
-    if workers is not None and gpus is not None:
-        raise ConfigError(
-            "--workers and --gpus both say how many processes run", hint="leave one out"
-        )
-    check_folder(folder)
-    if overwrite and shard is not None:
-        raise ConfigError(
-            "--overwrite with --shard would remove what other shards have done",
-            hint="remove the folder, or choose another one with --output",
-        )
-    if (workers or gpus or 1) > 1 and engine is Engine.processes:
-        load_ahead(module)
-    return chosen
+        Raises:
+            ConfigError: Options contradict each other, or videos are among the sources.
+            RuntimeEnvironmentError: Files cannot be saved in the folder.
+        """
+        from proxydet.errors import ConfigError
+        from proxydet.inference.sharded import Shard, load_ahead
+        from proxydet.inference.sources import is_video
+        from proxydet.inference.writers import check_folder
 
-
-def run_command_job(
-    out: Output,
-    folder: Path,
-    sources: Sequence[str],
-    *,
-    here: ImageWork,
-    elsewhere: OpenWork,
-    identity: dict[str, Any],
-    parts: PartFormat,
-    shard: Shard,
-    overwrite: bool,
-    workers: int | None,
-    gpus: int | None,
-    engine: Engine,
-    batch_size: int,
-    part_size: int | None,
-    max_errors: int | None,
-    retry_errors: bool,
-) -> None:
-    """Plan or continue a job, run it, and print its summary.
-
-    Args:
-        out: Where it is printed.
-        folder: Of the job.
-        sources: What the user named; ``-``: the list on stdin.
-        here: The work, opened in this process.
-        elsewhere: Opens it in worker processes.
-        identity: What the results depend on; see `open_job`.
-        parts: How results are written.
-        shard: Which parts.
-        overwrite: Replace the job that is there, once the images of the new one are found.
-        workers: Processes; None: one, or ``gpus``.
-        gpus: GPUs; None: ``workers``.
-        engine: What runs the workers.
-        batch_size: Images in the network at once.
-        part_size: Images in a file; None: decided by their number.
-        max_errors: As of `RunOptions`.
-        retry_errors: As of `run_job`.
-
-    Raises:
-        DataError: Images could not be read; the others are done.
-        ProxydetError: As of `open_job` and `run_job`.
-    """
-    from proxydet.errors import DataError, RuntimeEnvironmentError
-    from proxydet.inference.sharded import RunOptions, open_job, run_job
-    from proxydet.inference.sources import describe_left_out
-    from proxydet.wording import counted
-    from proxydet_cli.progress import show_progress
-
-    if gpus is not None and engine is Engine.processes:
-        import torch
-
-        if torch.cuda.device_count() < gpus:
-            raise RuntimeEnvironmentError(
-                f"--gpus is {gpus}, and torch sees {counted(torch.cuda.device_count(), 'GPU')}",
-                hint="give fewer, or --workers N for processes on the CPU; proxydet env reports the GPUs",
+        shard = Shard.parse(self.shard) if self.shard is not None else Shard()
+        video = next(filter(is_video, sources), None)
+        if video is not None:
+            raise ConfigError(
+                f"{video} is a video, and a job runs on images",
+                hint="run on videos by themselves: proxydet predict VIDEO --save images,json",
             )
-    progress = show_progress()
-    with _list_on_stdin(sources) as stdin:
-        job = open_job(
-            folder,
-            sources,
-            identity=identity,
-            parts=parts,
-            part_images=part_size,
-            stdin=stdin,
-            overwrite=overwrite,
+        if self.workers is not None and self.gpus is not None:
+            raise ConfigError(
+                "--workers and --gpus both set how many processes run", hint="leave one out"
+            )
+        check_folder(folder)
+        if overwrite and self.shard is not None:
+            raise ConfigError(
+                "--overwrite with --shard would remove what other shards have done",
+                hint="remove the folder, or choose another one with --output",
+            )
+        if not self.here and self.engine is Engine.processes:
+            load_ahead(module)
+        return shard
+
+    def run(
+        self,
+        out: Output,
+        folder: Path,
+        sources: Sequence[str],
+        *,
+        work: ImageWork,
+        elsewhere: OpenWork,
+        identity: dict[str, Any],
+        parts: PartFormat,
+        shard: Shard,
+        overwrite: bool,
+        batch_size: int,
+    ) -> None:
+        """Plan or continue a job, run it, and print its summary.
+
+        Args:
+            out: Where it is printed.
+            folder: Of the job.
+            sources: What the user named; ``-``: the list on stdin.
+            work: The work, opened in this process.
+            elsewhere: Opens it in worker processes.
+            identity: What the results depend on; see `open_job`.
+            parts: How results are written.
+            shard: Which parts.
+            overwrite: Replace the job that is there, once the images of the new one are found.
+            batch_size: Images in the network at once.
+
+        Raises:
+            DataError: Images could not be read; the others are done.
+            ProxydetError: As of `open_job` and `run_job`.
+        """
+        from proxydet.errors import DataError, RuntimeEnvironmentError
+        from proxydet.inference.sharded import RunOptions, open_job, run_job
+        from proxydet.inference.sources import describe_left_out
+        from proxydet.wording import counted
+        from proxydet_cli.progress import show_progress
+
+        if self.gpus is not None and self.engine is Engine.processes:
+            import torch
+
+            if torch.cuda.device_count() < self.gpus:
+                raise RuntimeEnvironmentError(
+                    f"--gpus is {self.gpus}, and torch sees {counted(torch.cuda.device_count(), 'GPU')}",
+                    hint="give fewer, or --workers N for processes on the CPU; proxydet env reports the GPUs",
+                )
+        progress = show_progress()
+        with _list_on_stdin(sources) as stdin:
+            job = open_job(
+                folder,
+                sources,
+                identity=identity,
+                parts=parts,
+                part_images=self.part_size,
+                stdin=stdin,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        if job.left_out:
+            out.message(f"left out: {describe_left_out(job.left_out)}")
+        if job.duplicates:
+            out.message(f"{counted(job.duplicates, 'image')} named again: each is run on once")
+        if not job.planned:
+            out.message(
+                f"continuing the job in {folder}: {counted(job.images, 'image')} as they were found then"
+            )
+        done = run_job(
+            job,
+            (lambda _: work) if self.here else elsewhere,
+            options=RunOptions(
+                batch_size=batch_size,
+                max_errors=self.max_errors,
+                workers=self.workers or self.gpus or 1,
+                gpus=0 if self.gpus is None else 1,
+            ),
+            shard=shard,
+            engine=self.engine.value,
+            retry_errors=self.retry_errors,
             progress=progress,
         )
-    if job.left_out:
-        out.message(f"left out: {describe_left_out(job.left_out)}")
-    if job.duplicates:
-        out.message(f"{counted(job.duplicates, 'image')} named again: each is run on once")
-    if not job.planned:
-        out.message(
-            f"continuing the job in {folder}: {counted(job.images, 'image')} as they were found then"
+        summary = f"{counted(done.images, 'image')}, {counted(done.objects, 'object')}"
+        if shard.count > 1:
+            summary = f"shard {shard}: {summary}"
+        if done.before:
+            summary += f" ({done.before} images before this run)"
+        out.data(
+            {
+                **dataclasses.asdict(done),
+                "left_out": dict(job.left_out),
+                "duplicates": job.duplicates,
+                "parts": len(job.offsets),
+            },
+            f"{summary}: {folder / 'parts'}",
         )
-    done = run_job(
-        job,
-        (lambda _: here)
-        if (workers or gpus or 1) == 1 and engine is Engine.processes
-        else elsewhere,
-        options=RunOptions(
-            batch_size=batch_size,
-            max_errors=max_errors,
-            workers=workers or gpus or 1,
-            gpus=0 if gpus is None else 1,
-        ),
-        shard=shard,
-        engine=engine.value,
-        retry_errors=retry_errors,
-        progress=progress,
-    )
-    summary = f"{counted(done.images, 'image')}, {counted(done.objects, 'object')}"
-    if shard.count > 1:
-        summary = f"shard {shard}: {summary}"
-    if done.before:
-        summary += f" ({done.before} images before this run)"
-    out.data(
-        {
-            **dataclasses.asdict(done),
-            "left_out": dict(job.left_out),
-            "duplicates": job.duplicates,
-            "parts": len(job.offsets),
-        },
-        f"{summary}: {folder / 'parts'}",
-    )
-    if done.unfinished:
-        out.message(f"{counted(done.unfinished, 'part')} of other shards not finished yet")
-    if done.changed:
-        out.warning(
-            f"{counted(done.changed, 'image')} changed after the job was planned; results are of what is there now"
-        )
-    if done.errors:
-        for text in done.failures:
-            out.warning(text)
-        again = "run the same command again: what a store did not hand out is read again"
-        rows = "their rows have an error; when they can be read: --retry-errors"
-        raise DataError(
-            f"{done.errors} of {counted(done.images, 'image')} could not be read; the rest is done",
-            hint=again if done.unreachable else rows,
-        )
+        if done.unfinished:
+            out.message(f"{counted(done.unfinished, 'part')} of other shards not finished yet")
+        if done.changed:
+            out.warning(
+                f"{counted(done.changed, 'image')} changed after the job was planned; results are of what is there now"
+            )
+        if done.errors:
+            for text in done.failures:
+                out.warning(text)
+            again = "run the same command again: what a store did not hand out is read again"
+            rows = "their rows have an error; when they can be read: --retry-errors"
+            raise DataError(
+                f"{done.errors} of {counted(done.images, 'image')} could not be read; the rest is done",
+                hint=again if done.unreachable else rows,
+            )
 
 
 @contextlib.contextmanager

@@ -1,148 +1,190 @@
-"""Opens the detector and the classes that the options of a command name; what is missing is downloaded after a question."""
+"""A detector and its classes: the options that name them, and opening them; what is missing is downloaded after a question."""
 
 from __future__ import annotations
 
+import re
 import sys
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from proxydet_cli.options import panel
 
 if TYPE_CHECKING:
     from proxydet.detector import Detector
     from proxydet.models import NamedDetector
     from proxydet.vocabulary.sources import TrainedClasses
     from proxydet.vocabulary.vocabulary import Vocabulary
-    from proxydet_cli.options import Precision
+
+# --- Classes -----------------------------------------------------------------------------------------------------------
+
+_classes = panel("Classes")
+Classes = Annotated[
+    str | None,
+    _classes(
+        "--classes",
+        "-v",
+        metavar="NAMES",
+        help="Classes to detect: 'cup, plate, \"knife, fork\"', or a file as for --vocabulary.",
+    ),
+]
+Background = Annotated[
+    str | None,
+    _classes(
+        "--background",
+        metavar="NAMES",
+        help="Classes that absorb false hits and are never reported: 'wall, floor', a file as for --vocabulary, or training: all classes "
+        "of the training that are not asked for.",
+    ),
+]
+BaseAbove = Annotated[
+    float,
+    _classes(
+        "--base-above",
+        min=-1.0,
+        max=1.0,
+        help="Cosine with a base class of training above which a class counts as base.",
+    ),
+]
 
 
-def open_detector(
-    named: NamedDetector, classes: str | None, vocabulary: str | None, *, device: str, yes: bool
-) -> Detector:
-    """Open the detector that the options name; what is missing is downloaded after one question.
+@dataclass(frozen=True, kw_only=True)
+class ClassOptions:
+    """Options that name the classes to detect."""
 
-    Args:
-        named: What the options name.
-        classes: What ``-v`` takes.
-        vocabulary: What ``--vocabulary`` takes.
-        device: What ``--device`` takes.
-        yes: Do not ask.
+    classes: Classes = None
+    vocabulary: Annotated[
+        str | None,
+        _classes(
+            "--vocabulary",
+            metavar="NAME|FILE",
+            help="Instead of -v: a published vocabulary (lvis, coco, objects365, openimages; all: the classes of these four; "
+            "lvis-descriptions, lvis-exemplars, lvis-multimodal, ...), a file of names (.txt, .json, .yaml, a COCO annotation "
+            "file), of proxydet vocab build (.npz, .vocab), or of embeddings (.npy, with --names).",
+        ),
+    ] = None
+    names: Annotated[
+        Path | None, _classes("--names", metavar="FILE", help="Class names of a .npy --vocabulary.")
+    ] = None
+    background: Background = None
+
+    @property
+    def given(self) -> bool:
+        """Whether they name classes; otherwise those of the training are meant."""
+        return (self.classes, self.vocabulary, self.background) != (None, None, None)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether there are names among them that a text encoder has to embed."""
+        from proxydet.vocabulary.sources import PUBLISHED_VOCABULARIES
+
+        return self.classes is not None or (
+            self.vocabulary is not None
+            and self.vocabulary not in PUBLISHED_VOCABULARIES
+            and not self.vocabulary.endswith((".npz", ".vocab", ".npy"))
+        )
+
+    def check(self) -> None:
+        """Refuse options that contradict each other or name files that are not there, before a detector is opened.
+
+        Raises:
+            VocabularyError: A file is not there, or a class name is empty or there twice.
+        """
+        from proxydet.errors import VocabularyError
+        from proxydet.vocabulary.names import split_names
+        from proxydet.vocabulary.sources import check_source, is_vocabulary_file
+        from proxydet.vocabulary.vocabulary import check_names
+
+        if self.classes is not None and self.vocabulary is not None:
+            raise typer.BadParameter("give either -v or --vocabulary")
+        if self.vocabulary is not None:
+            check_source(self.vocabulary)
+        if self.names is not None and self.vocabulary is None:
+            raise typer.BadParameter("--names belongs to a .npy --vocabulary")
+        source = self.vocabulary
+        named = source if source and is_vocabulary_file(source) else None
+        if self.names is None and named is not None and named.endswith(".npy"):
+            named = None  # `open_vocabulary` says what else is needed
+        lists = [text for text in (self.classes, self.background) if text is not None]
+        for file in (named, self.names, *(text for text in lists if _means_file(text))):
+            if file is not None and not Path(file).exists():
+                raise VocabularyError(
+                    f"there is no file {file}",
+                    hint="check the spelling of its path",
+                    path=Path(file),
+                )
+            if file is not None:
+                confirm_names(Path(file))
+        for text in lists:
+            if not _means_file(text) and ("," in text or not text.strip()):
+                check_names(split_names(text))
+
+    def open(
+        self, detector: TrainedClasses, *, base_above: float = 0.9, yes: bool | None
+    ) -> Vocabulary:
+        """Open the vocabulary that they name; the training's where they name none.
+
+        What is missing, such as CLIP's weights for names without embeddings, is downloaded after a question.
+
+        Args:
+            detector: Whose text encoder embeds names: a detector or an index.
+            base_above: Cosine with a base class of training above which a class counts as base.
+            yes: Do not ask; None: download nothing.
+
+        Raises:
+            VocabularyError: It cannot be used.
+        """
+        from proxydet.vocabulary.names import split_names
+        from proxydet.vocabulary.sources import open_vocabulary
+        from proxydet_cli.commands.download import with_downloads
+
+        if not self.given:
+            return detector.vocabulary
+        classes, source = self.classes, self.vocabulary
+        if classes is not None and _means_file(classes):
+            classes, source = None, classes
+        chosen = split_names(classes) if classes is not None else None
+
+        def opened() -> Vocabulary:
+            found = detector.vocabulary
+            if chosen is not None:
+                found = detector.resolve(chosen)
+            elif source is not None:
+                found = open_vocabulary(
+                    source,
+                    encoder=lambda: detector.encoder,
+                    names=self.names,
+                    known=detector.vocabulary,
+                )
+            return add_background(detector, found, self.background)
+
+        found = opened() if yes is None else with_downloads(opened, yes=yes)
+        return detector.with_base(found, base_above)
+
+
+def add_background(
+    detector: TrainedClasses, vocabulary: Vocabulary, background: str | None
+) -> Vocabulary:
+    """Add what ``--background`` takes: ``training``, a file of a vocabulary, or names; None: nothing.
 
     Raises:
-        ProxydetError: It cannot be opened, or what it needs was not downloaded.
+        VocabularyError: It cannot be used.
     """
-    from proxydet_cli.commands.download import with_downloads
-
-    also = fetch_published(named, classes, vocabulary, yes=yes)  # before torch is loaded
-    return with_downloads(lambda: open_here(named, device=device), also=also, yes=yes)
-
-
-def open_here(named: NamedDetector, *, device: str) -> Detector:
-    """Open a detector in this process, which keeps freed memory from then on if the detector is on the CPU.
-
-    Raises:
-        ProxydetError: It cannot be opened.
-    """
-    from proxydet.detector import open_named
-    from proxydet.runtime.processes import keep_freed_memory
-
-    detector = open_named(named, device=device)
-    if detector.network.device.type == "cpu":
-        keep_freed_memory()
-    return detector
+    if background is None:
+        return vocabulary
+    return detector.with_background(vocabulary, read_background(background))
 
 
-def fetch_published(
-    named: NamedDetector, classes: str | None, vocabulary: str | None, *, yes: bool
-) -> tuple[str, ...]:
-    """Fetch what the published model that the options name lacks, after one question.
-
-    Args:
-        named: What the options name.
-        classes: What ``-v`` takes.
-        vocabulary: What ``--vocabulary`` takes.
-        yes: Do not ask.
-
-    Returns:
-        Names of further downloads that the classes need.
-
-    Raises:
-        ProxydetError: It was not downloaded.
-    """
-    from proxydet.models import locate_published
-    from proxydet.vocabulary.sources import PUBLISHED_VOCABULARIES
-    from proxydet_cli.commands.download import with_downloads
-
-    # Words without embeddings take CLIP: asked for in the same question.
-    words = classes is not None or (
-        vocabulary is not None
-        and vocabulary not in PUBLISHED_VOCABULARIES
-        and not vocabulary.endswith((".npz", ".vocab", ".npy"))
-    )
-    also = ("clip-vit-b32",) if words and named.run is None else ()
-    published = named.published
-    if published is not None:
-        with_downloads(lambda: locate_published(published), also=also, yes=yes)
-    return also
-
-
-def tuned(
-    detector: Detector,
-    *,
-    tta: bool,
-    precision: Precision | None,
-    **changes: bool | float | None,
-) -> Detector:
-    """Return the detector with the settings that the options ask for.
-
-    Args:
-        detector: As it was opened.
-        tta: What ``--tta`` takes.
-        precision: What ``--precision`` takes.
-        **changes: Values of other options, by the name of the inference setting that each replaces; None: it is not given.
-
-    Raises:
-        ConfigError: A value is out of range, or the device has no units for this precision, or for that of the run where none
-            is asked for.
-    """
-    asked = detector.with_augmentation() if tta else detector
-    wanted = asked.inference.precision if precision is None else precision.value
-    return asked.with_settings(precision=wanted, **changes)
-
-
-def check_choice(
-    classes: str | None, vocabulary: str | None, names: Path | None, background: str | None = None
-) -> None:
-    """Refuse options that contradict each other or name files that are not there, before a detector is opened.
-
-    Raises:
-        VocabularyError: A file is not there, or a class name is empty or there twice.
-    """
-    from proxydet.errors import VocabularyError
+def read_background(background: str) -> str | list[str]:
+    """Return what ``--background`` takes as a detector does: ``training``, a file, or a list of names."""
     from proxydet.vocabulary.names import split_names
-    from proxydet.vocabulary.sources import check_source, is_vocabulary_file
-    from proxydet.vocabulary.vocabulary import check_names
+    from proxydet.vocabulary.sources import TRAINING_CLASSES
 
-    if classes is not None and vocabulary is not None:
-        raise typer.BadParameter("give either -v or --vocabulary")
-    if vocabulary is not None:
-        check_source(vocabulary)
-    if names is not None and vocabulary is None:
-        raise typer.BadParameter("--names belongs to a .npy --vocabulary")
-    named = vocabulary if vocabulary and is_vocabulary_file(vocabulary) else None
-    if names is None and named is not None and named.endswith(".npy"):
-        named = None  # `open_vocabulary` says what else is needed
-    lists = [text for text in (classes, background) if text is not None]
-    for file in (named, names, *(text for text in lists if _means_file(text))):
-        if file is not None and not Path(file).exists():
-            raise VocabularyError(
-                f"there is no file {file}", hint="check the spelling of its path", path=Path(file)
-            )
-        if file is not None:
-            confirm_names(Path(file))
-    for text in lists:
-        if not _means_file(text) and ("," in text or not text.strip()):
-            check_names(split_names(text))
+    whole = background == TRAINING_CLASSES or _means_file(background)
+    return background if whole else split_names(background)
 
 
 def confirm_names(path: Path) -> None:
@@ -176,77 +218,219 @@ def _means_file(classes: str) -> bool:
     return is_vocabulary_file(classes) or place or inside
 
 
-def chosen_vocabulary(
-    detector: TrainedClasses,
-    classes: str | None,
-    source: str | None,
-    names: Path | None,
-    base_above: float = 0.9,
-    *,
-    background: str | None = None,
-    yes: bool | None,
-) -> Vocabulary:
-    """Open the vocabulary that the options name; the training's where they name none.
+# --- A detector --------------------------------------------------------------------------------------------------------
 
-    What is missing, such as CLIP's weights for names without embeddings, is downloaded after a question.
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu|hpu|mtia)(:\d+)?")
+
+
+def _known_device(device: str) -> str:
+    if _DEVICE.fullmatch(device) is None:
+        raise typer.BadParameter(
+            f"{device!r} is not a device; choose auto, cpu, cuda, or cuda:1, ..."
+        )
+    return device
+
+
+_detector = panel("Detector")
+BatchSize = Annotated[int, _detector("--batch-size", min=1, help="Images in the network at once.")]
+Device = Annotated[
+    str,
+    _detector(
+        "--device",
+        callback=_known_device,
+        help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedOptions:
+    """Options that name a detector."""
+
+    run: Annotated[
+        Path | None,
+        _detector("--run", metavar="FOLDER", help="Run folder of proxydet train or quickstart."),
+    ] = None
+    weights: Annotated[
+        str | None,
+        _detector(
+            "--weights",
+            metavar="NAME|FILE",
+            help="A published model (proxydet-r50, proxydet-r50-inl, proxydet-swinb-inl), OWNER/NAME[@REVISION] on the Hugging "
+            "Face hub, or a checkpoint; with --run, one of the run's. [default: the run's last, else proxydet-r50-inl]",
+        ),
+    ] = None
+    config: Annotated[
+        str | None,
+        _detector(
+            "--config",
+            metavar="r50|swinb|FILE",
+            help="Model of a --weights file, or a run's config.yaml. [default: r50]",
+        ),
+    ] = None
+
+    def find(self) -> NamedDetector:
+        """Find the detector that they name, without loading torch; see `proxydet.models.find_detector`."""
+        from proxydet.models import find_detector
+
+        return find_detector(run=self.run, weights=self.weights, config=self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorOptions(NamedOptions):
+    """Options that name a detector and where it runs."""
+
+    device: Device = "auto"
+
+
+def open_detector(
+    named: NamedDetector, classes: ClassOptions | None = None, *, device: str, yes: bool
+) -> Detector:
+    """Open the detector that the options name; what is missing is downloaded after one question.
 
     Args:
-        detector: Whose text encoder embeds names: a detector or an index.
-        classes: Names as ``-v`` takes them.
-        source: What ``--vocabulary`` takes.
-        names: File of the names of a ``.npy`` table.
-        base_above: Cosine with a base class of training above which a class counts as base.
-        background: What ``--background`` takes.
-        yes: Do not ask; None: download nothing.
+        named: What the options name.
+        classes: The classes that it will be asked for; None: those of its training.
+        device: What ``--device`` takes.
+        yes: Do not ask.
 
     Raises:
-        VocabularyError: It cannot be used.
+        ProxydetError: It cannot be opened, or what it needs was not downloaded.
     """
-    from proxydet.vocabulary.names import split_names
-    from proxydet.vocabulary.sources import open_vocabulary
     from proxydet_cli.commands.download import with_downloads
 
-    if classes is not None and _means_file(classes):
-        classes, source = None, classes
-    if classes is None and source is None and background is None:
-        return detector.vocabulary
-    chosen = split_names(classes) if classes is not None else None
-
-    def opened() -> Vocabulary:
-        found = detector.vocabulary
-        if chosen is not None:
-            found = detector.resolve(chosen)
-        elif source is not None:
-            found = open_vocabulary(
-                source, encoder=lambda: detector.encoder, names=names, known=detector.vocabulary
-            )
-        return found if background is None else add_background(detector, found, background)
-
-    found = opened() if yes is None else with_downloads(opened, yes=yes)
-    return detector.with_base(found, base_above)
+    also = fetch_published(named, classes, yes=yes)  # before torch is loaded
+    return with_downloads(lambda: open_here(named, device=device), also=also, yes=yes)
 
 
-def add_background(detector: TrainedClasses, vocabulary: Vocabulary, background: str) -> Vocabulary:
-    """Add what ``--background`` takes: ``training``, a file of a vocabulary, or names.
+def open_here(named: NamedDetector, *, device: str) -> Detector:
+    """Open a detector in this process, which keeps freed memory from then on if the detector is on the CPU.
 
     Raises:
-        VocabularyError: It cannot be used.
+        ProxydetError: It cannot be opened.
     """
-    return detector.with_background(vocabulary, _read_background(background))
+    from proxydet.detector import open_named
+    from proxydet.runtime.processes import keep_freed_memory
+
+    detector = open_named(named, device=device)
+    if detector.network.device.type == "cpu":
+        keep_freed_memory()
+    return detector
 
 
-def background_classes(detector: TrainedClasses, background: str) -> Vocabulary:
-    """Return the classes that ``--background`` names.
+def fetch_published(
+    named: NamedDetector, classes: ClassOptions | None, *, yes: bool
+) -> tuple[str, ...]:
+    """Fetch what the published model that the options name lacks, after one question.
+
+    Args:
+        named: What the options name.
+        classes: The classes that it will be asked for; None: those of its training.
+        yes: Do not ask.
+
+    Returns:
+        Names of further downloads that the classes need.
 
     Raises:
-        VocabularyError: It cannot be used.
+        ProxydetError: It was not downloaded.
     """
-    return detector.background_of(_read_background(background))
+    from proxydet.models import locate_published
+    from proxydet_cli.commands.download import with_downloads
+
+    # Names without embeddings take CLIP: asked for in the same question.
+    also = ()
+    if classes is not None and classes.embedded and named.run is None:
+        also = ("clip-vit-b32",)
+    published = named.published
+    if published is not None:
+        with_downloads(lambda: locate_published(published), also=also, yes=yes)
+    return also
 
 
-def _read_background(background: str) -> str | list[str]:
-    from proxydet.vocabulary.names import split_names
-    from proxydet.vocabulary.sources import TRAINING_CLASSES
+class Precision(str, Enum):
+    """Number formats of the network."""
 
-    whole = background == TRAINING_CLASSES or _means_file(background)
-    return background if whole else split_names(background)
+    auto = "auto"
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+PrecisionOption = Annotated[
+    Precision | None,
+    _detector(
+        "--precision",
+        help="Number format of the network: bf16 and fp16 are faster where the device has units for them (proxydet env); "
+        "bf16 moves the quickstart's scores by 0.001 on average, by 0.05 at most; fp16 needs a GPU; auto takes the fastest. [default: inference.precision, fp32]",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceOptions:
+    """Options that change how a detector runs; those that are not given stay as it was trained."""
+
+    tta: Annotated[
+        bool,
+        _detector(
+            "--tta",
+            help="Run on each image mirrored too, and in three sizes: more accurate, 6 times slower.",
+        ),
+    ] = False
+    precision: PrecisionOption = None
+    rescore: Annotated[
+        bool | None,
+        _detector(
+            "--rescore/--no-rescore",
+            help="Score a box by all proposals that agree on it: boxes gain, masks hardly; scores rise. "
+            "[default: inference.rescore, no]",
+            show_default=False,
+        ),
+    ] = None
+    tiles: Annotated[
+        int | None,
+        _detector(
+            "--tiles",
+            metavar="PIXELS",
+            min=0,
+            help="Run on larger images in overlapping tiles of this side too, for small objects, and merge what is found; 0: not. "
+            "[default: inference.tiles, 0]",
+            show_default=False,
+        ),
+    ] = None
+    tile_overlap: Annotated[
+        float | None,
+        _detector(
+            "--tile-overlap",
+            min=0.0,
+            max=0.9,
+            help="Share of its side that a tile has in common with the next one. [default: inference.tile_overlap, 0.2]",
+            show_default=False,
+        ),
+    ] = None
+    whole_image: Annotated[
+        bool | None,
+        _detector(
+            "--whole-image/--no-whole-image",
+            help="With --tiles, run on the whole image too, for large objects. [default: inference.whole_image, yes]",
+            show_default=False,
+        ),
+    ] = None
+
+    def apply(self, detector: Detector) -> Detector:
+        """Return the detector with the settings that they ask for.
+
+        Raises:
+            ConfigError: A value is out of range, or the device has no units for this precision, or for that of the run where
+                none is asked for.
+        """
+        asked = detector.with_augmentation() if self.tta else detector
+        precision = asked.inference.precision if self.precision is None else self.precision.value
+        return asked.with_settings(
+            precision=precision,
+            rescore=self.rescore,
+            tiles=self.tiles,
+            tile_overlap=self.tile_overlap,
+            whole_image=self.whole_image,
+        )

@@ -10,18 +10,21 @@
     def setup(json: Json = False) -> None:
         \"\"\"Install detectron2 if missing.\"\"\"
 
-Options are listed in groups: an option's ``rich_help_panel`` names its group, which stands where its first option does.
+Options are listed in groups, each of which stands where its first option does; :func:`panel` declares the options of one.
+Options that belong together are fields of a dataclass: a command with a parameter of that type has all of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
-from enum import Enum
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 import typer.core
@@ -29,20 +32,16 @@ import typer.core
 GENERAL = "General options"
 """Group of the options that most commands have, at the end of the list."""
 
-Json = Annotated[
-    bool,
-    typer.Option("--json", help="Write the result to stdout as JSON.", rich_help_panel=GENERAL),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="Print what would be done, and do nothing.", rich_help_panel=GENERAL
-    ),
-]
-Yes = Annotated[
-    bool,
-    typer.Option("--yes", "-y", help="Do not ask before acting.", rich_help_panel=GENERAL),
-]
+
+def panel(title: str) -> Callable[..., Any]:
+    """Return a ``typer.Option`` whose options are listed under ``title``."""
+    return functools.partial(typer.Option, rich_help_panel=title)
+
+
+general = panel(GENERAL)
+Json = Annotated[bool, general("--json", help="Write the result to stdout as JSON.")]
+DryRun = Annotated[bool, general("--dry-run", help="Print what would be done, and do nothing.")]
+Yes = Annotated[bool, general("--yes", "-y", help="Do not ask before acting.")]
 
 
 def styled(text: str, **style: Any) -> str:
@@ -124,7 +123,52 @@ class Group(_Help, typer.core.TyperGroup):
 
 class _App(typer.Typer):
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
-        return super().command(name, cls=Command, **settings)
+        register = super().command(name, cls=Command, **settings)
+        return lambda function: register(_flat(function))
+
+
+def _flat(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a command with the fields of each parameter that is a dataclass as parameters of their own."""
+    signature = inspect.signature(command, eval_str=True)
+
+    def call(**values: Any) -> Any:
+        given = {
+            name: _filled(name, parameter.annotation, values)
+            for name, parameter in signature.parameters.items()
+        }
+        return command(**given)
+
+    call.__doc__, call.__name__ = command.__doc__, command.__name__
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+        for parameter in signature.parameters.values()
+        for name, hint, default in _flat_fields(
+            parameter.name, parameter.annotation, parameter.default
+        )
+    ]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def _flat_fields(name: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, type and default of a parameter, or of the fields of its dataclass, at any depth."""
+    if not dataclasses.is_dataclass(hint):
+        yield name, hint, default
+        return
+    hints = get_type_hints(hint, include_extras=True)
+    for field in dataclasses.fields(hint):
+        required = field.default is dataclasses.MISSING
+        default = inspect.Parameter.empty if required else field.default
+        yield from _flat_fields(field.name, hints[field.name], default)
+
+
+def _filled(name: str, hint: Any, values: dict[str, Any]) -> Any:
+    """Return the value of a parameter, or its dataclass with those of its fields."""
+    if not dataclasses.is_dataclass(hint):
+        return values[name]
+    hints = get_type_hints(hint)
+    fields = [field.name for field in dataclasses.fields(hint)]
+    return hint(**{field: _filled(field, hints[field], values) for field in fields})  # type: ignore[operator]
 
 
 def command_app(help: str | None = None, *, default: str | None = None) -> typer.Typer:
@@ -144,17 +188,18 @@ def command_app(help: str | None = None, *, default: str | None = None) -> typer
     )
 
 
-def given_options(context: typer.Context, *names: str) -> list[str]:
+def given_options(context: typer.Context, *names: str | type) -> list[str]:
     """Return which options stand on the command line, as ``--name``.
 
     Args:
         context: Of the command.
-        names: Names of the parameters that are looked for.
+        names: Names of the parameters that are looked for, or dataclasses of them.
     """
+    sought = {name for each in names for name, *_ in _flat_fields(str(each), each, None)}
     found = []
     for option in context.command.params:
         source = context.get_parameter_source(option.name or "")
-        if option.name in names and source is not None and source.name == "COMMANDLINE":
+        if option.name in sought and source is not None and source.name == "COMMANDLINE":
             off = context.params[option.name] is False and option.secondary_opts
             found.append(max(off or option.opts, key=len))
     return found
@@ -165,182 +210,20 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-# --- A detector and its classes, alike in every command that uses one --------------------------------------------------
+# --- Options of several commands; those of a detector and of its classes are in `proxydet_cli.opening` ------------------
 
-Classes = Annotated[
-    str | None,
-    typer.Option(
-        "--classes",
-        "-v",
-        metavar="NAMES",
-        help="Classes to detect: 'cup, plate, \"knife, fork\"', or a file as for --vocabulary.",
-        rich_help_panel="Classes",
-    ),
+detections = panel("Detections")
+Threshold = Annotated[
+    float, detections("--score-threshold", min=0.0, max=1.0, help="Keep what scores above this.")
 ]
-VocabularySource = Annotated[
-    str | None,
-    typer.Option(
-        "--vocabulary",
-        metavar="NAME|FILE",
-        help="Instead of -v: a published vocabulary (lvis, coco, objects365, openimages; all: the classes of these four; "
-        "lvis-descriptions, lvis-exemplars, lvis-multimodal, ...), a file of names (.txt, .json, .yaml, a COCO annotation "
-        "file), of proxydet vocab build (.npz, .vocab), or of embeddings (.npy, with --names).",
-        rich_help_panel="Classes",
-    ),
-]
-Background = Annotated[
-    str | None,
-    typer.Option(
-        "--background",
-        metavar="NAMES",
-        help="Classes that absorb false hits and are never reported: 'wall, floor', a file as for --vocabulary, or training: all classes "
-        "of the training that are not asked for.",
-        rich_help_panel="Classes",
-    ),
-]
-NamesFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--names",
-        metavar="FILE",
-        help="Class names of a .npy --vocabulary.",
-        rich_help_panel="Classes",
-    ),
-]
-Run = Annotated[
-    Path | None,
-    typer.Option(
-        "--run",
-        metavar="FOLDER",
-        help="Run folder of proxydet train or quickstart.",
-        rich_help_panel="Detector",
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        "--weights",
-        metavar="NAME|FILE",
-        help="A published model (proxydet-r50, proxydet-r50-inl, proxydet-swinb-inl), OWNER/NAME[@REVISION] on the Hugging "
-        "Face hub, or a checkpoint; with --run, one of the run's. [default: the run's last, else proxydet-r50-inl]",
-        rich_help_panel="Detector",
-    ),
-]
-ModelConfig = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        metavar="r50|swinb|FILE",
-        help="Model of a --weights file, or a run's config.yaml. [default: r50]",
-        rich_help_panel="Detector",
-    ),
-]
-_DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu|hpu|mtia)(:\d+)?")
-
-
-def _known_device(device: str) -> str:
-    if _DEVICE.fullmatch(device) is None:
-        raise typer.BadParameter(
-            f"{device!r} is not a device; choose auto, cpu, cuda, or cuda:1, ..."
-        )
-    return device
-
-
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        callback=_known_device,
-        help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.",
-        rich_help_panel="Detector",
-    ),
-]
-
-
-class Precision(str, Enum):
-    """Number formats of the network."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
-Tta = Annotated[
-    bool,
-    typer.Option(
-        "--tta",
-        help="Run on each image mirrored too, and in three sizes: more accurate, 6 times slower.",
-        rich_help_panel="Detector",
-    ),
-]
-PrecisionOption = Annotated[
-    Precision | None,
-    typer.Option(
-        "--precision",
-        help="Number format of the network: bf16 and fp16 are faster where the device has units for them (proxydet env); "
-        "bf16 moves the quickstart's scores by 0.001 on average, by 0.05 at most; fp16 needs a GPU; auto takes the fastest. [default: inference.precision, fp32]",
-        show_default=False,
-        rich_help_panel="Detector",
-    ),
-]
-Rescore = Annotated[
-    bool | None,
-    typer.Option(
-        "--rescore/--no-rescore",
-        help="Score a box by all proposals that agree on it: boxes gain, masks hardly; scores rise. "
-        "[default: inference.rescore, no]",
-        show_default=False,
-        rich_help_panel="Detector",
-    ),
-]
-Tiles = Annotated[
-    int | None,
-    typer.Option(
-        "--tiles",
-        metavar="PIXELS",
-        min=0,
-        help="Run on larger images in overlapping tiles of this side too, for small objects, and merge what is found; 0: not. "
-        "[default: inference.tiles, 0]",
-        show_default=False,
-        rich_help_panel="Detector",
-    ),
-]
-TileOverlap = Annotated[
-    float | None,
-    typer.Option(
-        "--tile-overlap",
-        min=0.0,
-        max=0.9,
-        help="Share of its side that a tile has in common with the next one. [default: inference.tile_overlap, 0.2]",
-        show_default=False,
-        rich_help_panel="Detector",
-    ),
-]
-WholeImage = Annotated[
-    bool | None,
-    typer.Option(
-        "--whole-image/--no-whole-image",
-        help="With --tiles, run on the whole image too, for large objects. [default: inference.whole_image, yes]",
-        show_default=False,
-        rich_help_panel="Detector",
-    ),
-]
+Top = Annotated[int, detections("--top", min=1, help="Keep at most this many an image.")]
 OneLabel = Annotated[
     bool,
-    typer.Option(
+    detections(
         "--one-label/--all-labels",
         help="One label a box, or of each class that scores above the threshold.",
-        rich_help_panel="Detections",
     ),
 ]
-BaseAbove = Annotated[
-    float,
-    typer.Option(
-        "--base-above",
-        min=-1.0,
-        max=1.0,
-        help="Cosine with a base class of training above which a class counts as base.",
-        rich_help_panel="Classes",
-    ),
+IndexFolder = Annotated[
+    Path, typer.Argument(metavar="INDEX", help="The folder that proxydet index wrote.")
 ]

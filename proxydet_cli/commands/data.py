@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from proxydet_cli.options import Json, command_app, examples
+from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.data.check import CheckReport
@@ -57,7 +58,6 @@ def prepare(
     """
     from proxydet.data.prepare import prepare as run
     from proxydet.paths import datasets_folder
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     report = run(
@@ -99,8 +99,7 @@ def init(
         typer.Option(help="Folder of the images; repeatable. [default: found below PATH]"),
     ] = None,
     val: Annotated[
-        float,
-        typer.Option(help="Share of the images kept for validation, where nothing is split."),
+        float, typer.Option(help="Share of the images kept for validation, where nothing is split.")
     ] = 0.2,
     seed: Annotated[int, typer.Option(min=0, help="Decides which images these are.")] = 0,
     encoder: Annotated[
@@ -129,7 +128,6 @@ def init(
     taken as found in folders, lists and file names; without any, a share of the images is kept for validation.
     """
     from proxydet.data.init import init_dataset
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     report = init_dataset(
@@ -183,7 +181,6 @@ def check(
     """
     from proxydet.data.check import check_path
     from proxydet.paths import datasets_folder
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     reports = check_path(
@@ -217,7 +214,6 @@ def stats(
     from proxydet.data.dataset import Dataset
     from proxydet.data.sources import open_config
     from proxydet.data.stats import dataset_stats
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     data = Dataset(config=open_config(path), cache=cache, progress=show_progress())
@@ -264,7 +260,6 @@ def preview(
     from proxydet.data.dataset import Dataset
     from proxydet.data.preview import PreviewRequest, write_preview
     from proxydet.data.sources import open_config
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     request = PreviewRequest(

@@ -13,15 +13,16 @@ from urllib.parse import urlsplit
 
 import typer
 
-from proxydet_cli.options import DryRun, Json, Yes, command_app, examples
+from proxydet_cli.options import DryRun, Json, Yes, command_app, examples, panel
+from proxydet_cli.output import Output, aligned
 
 if TYPE_CHECKING:
     from proxydet.artifacts import Catalogue, Downloader, Item, Plan
-    from proxydet_cli.output import Output
 
 app = command_app()
 
 _DEFAULT = "r50"
+_act, _files, _transfer = panel("What to do"), panel("Files"), panel("Transfer")
 
 Row = Mapping[str, object]
 
@@ -44,78 +45,37 @@ def download(
         ),
     ] = None,
     list_: Annotated[
-        bool,
-        typer.Option(
-            "--list",
-            help="Show everything that can be fetched, or what is named.",
-            rich_help_panel="What to do",
-        ),
+        bool, _act("--list", help="Show everything that can be fetched, or what is named.")
     ] = False,
     dry_run: DryRun = False,
     verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            help="Read what is there through again; fetch nothing.",
-            rich_help_panel="What to do",
-        ),
+        bool, _act("--verify", help="Read what is there through again; fetch nothing.")
     ] = False,
     root: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for models and datasets, instead of the working folder.",
-            rich_help_panel="Files",
-        ),
+        Path | None, _files(help="Folder for models and datasets, instead of the working folder.")
     ] = None,
-    jobs: Annotated[
-        int,
-        typer.Option(min=1, max=64, help="Files fetched at a time.", rich_help_panel="Transfer"),
-    ] = 2,
+    jobs: Annotated[int, _transfer(min=1, max=64, help="Files fetched at a time.")] = 2,
     connections: Annotated[
-        int,
-        typer.Option(
-            min=1, max=64, help="Connections for one large file.", rich_help_panel="Transfer"
-        ),
+        int, _transfer(min=1, max=64, help="Connections for one large file.")
     ] = 4,
     limit_rate: Annotated[
-        str | None,
-        typer.Option(
-            help="Bytes a second in all, such as 800k or 20M.", rich_help_panel="Transfer"
-        ),
+        str | None, _transfer(help="Bytes a second in all, such as 800k or 20M.")
     ] = None,
     mirror: Annotated[
         str | None,
-        typer.Option(
-            envvar="PROXYDET_MIRROR",
-            help="Address to try first, laid out like the folder.",
-            rich_help_panel="Transfer",
-        ),
+        _transfer(envvar="PROXYDET_MIRROR", help="Address to try first, laid out like the folder."),
     ] = None,
     catalogue: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A file with further entries; may be given several times.", rich_help_panel="Files"
-        ),
+        list[Path] | None, _files(help="A file with further entries; may be given several times.")
     ] = None,
     strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict",
-            help="Refuse files without a published or recorded digest.",
-            rich_help_panel="Files",
-        ),
+        bool, _files("--strict", help="Refuse files without a published or recorded digest.")
     ] = False,
     force: Annotated[
-        bool,
-        typer.Option(
-            "--force", help="Replace files that are there and wrong.", rich_help_panel="Files"
-        ),
+        bool, _files("--force", help="Replace files that are there and wrong.")
     ] = False,
     keep_archives: Annotated[
-        bool,
-        typer.Option(
-            "--keep-archives", help="Keep archives after unpacking them.", rich_help_panel="Files"
-        ),
+        bool, _files("--keep-archives", help="Keep archives after unpacking them.")
     ] = False,
     yes: Yes = False,
     json: Json = False,
@@ -133,7 +93,6 @@ def download(
         bytes_per_second,
     )
     from proxydet.errors import ConfigError
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     output, known = Output(json=json), Catalogue.load(catalogue or ())
@@ -176,8 +135,6 @@ def download(
 
 def _list(catalogue: Catalogue, names: list[str], output: Output) -> None:
     """Show one row a name: what it is, its size, licence, and what is known of its digest."""
-    from proxydet_cli.output import aligned
-
     catalogue.resolve(names)
     rows: list[Row] = []
     shown: list[Row] = []
@@ -222,7 +179,6 @@ def with_downloads(action: Callable[[], T], *, also: Sequence[str] = (), yes: bo
     """
     from proxydet.artifacts import Catalogue, Downloader, DownloadOptions
     from proxydet.errors import ProxydetError
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     fetched: set[str] = set()
@@ -266,7 +222,6 @@ def _agreed(plan: Plan, output: Output, *, asked: bool) -> bool:
 def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output, *, asked: bool) -> None:  # fmt: skip
     from proxydet.errors import ArtifactError
     from proxydet.wording import size_text
-    from proxydet_cli.output import aligned
 
     if plan.todo and not _agreed(plan, output, asked=asked):
         return
@@ -301,7 +256,6 @@ def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output,
 def _verify(downloader: Downloader, names: list[str], output: Output) -> None:
     from proxydet.errors import DigestError
     from proxydet.wording import counted
-    from proxydet_cli.output import aligned
 
     rows: list[Row] = [
         {"verdict": f.status, "name": f.name, "path": str(f.path), "detail": f.note}
@@ -356,7 +310,6 @@ def _plan_rows(plan: Plan) -> list[Row]:
 def _plan_text(plan: Plan) -> str:
     """Lay out a plan: the rows, their licences, what is to be fetched in all, and the room it takes."""
     from proxydet.wording import counted, size_text
-    from proxydet_cli.output import aligned
 
     rows = _plan_rows(plan)
     columns = ("name", "files", "state", "to fetch", "account")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxydet_cli.options import Json, command_app, examples
+from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.runtime.report import EnvironmentReport
@@ -51,8 +52,6 @@ def env(
     Each field has a verdict: same, harmless, may change results, will fail. It works with torch, detectron2 or
     GPU drivers missing or broken, and reports them.
     """
-    from proxydet_cli.output import Output
-
     if diff is not None:
         if markdown or check or quick or data_root is not None:
             raise typer.BadParameter("it can be combined with --json only", param_hint="--diff")

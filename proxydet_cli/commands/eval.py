@@ -7,29 +7,28 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from proxydet.errors import ConfigError, DataError, InputError
-from proxydet_cli.opening import add_background, open_here, tuned
-from proxydet_cli.options import (
+from proxydet_cli.opening import (
     Background,
-    Device,
+    BatchSize,
+    DetectorOptions,
+    InferenceOptions,
+    add_background,
+    open_here,
+)
+from proxydet_cli.options import (
     Json,
-    Precision,
-    PrecisionOption,
-    Rescore,
-    Run,
-    TileOverlap,
-    Tiles,
-    Tta,
-    Weights,
-    WholeImage,
     command_app,
+    detections,
     examples,
+    given_options,
+    panel,
 )
 from proxydet_cli.output import Output
 
@@ -44,75 +43,10 @@ if TYPE_CHECKING:
 
 app = command_app()
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        metavar="r50|swinb|FILE",
-        help="Model of a --weights file. [default: r50]",
-        rich_help_panel="Detector",
-    ),
-]
-Results = Annotated[
-    Path | None,
-    typer.Option(
-        "--results",
-        metavar="FILE",
-        help="Score this LVIS or COCO results file (JSON, plain or gzipped), or what predict --save coco wrote, instead of detecting.",
-        rich_help_panel="Detections",
-    ),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        "--dataset",
-        metavar="NAME|FILE",
-        help="Dataset config (TOML), or a prepared data set (lvis, coco, objects365, openimages); for --results an "
-        "annotation file (JSON) will do. [default: the run's, else lvis]",
-        rich_help_panel="Data",
-    ),
-]
-Split = Annotated[
-    str,
-    typer.Option(
-        "--split",
-        metavar="val|test|train|NAME",
-        help="Which split of the data set; or one that papers report, which needs no --data: minival (of LVIS), lvis-val, coco-val, "
-        "coco-zero-shot, objects365-val, openimages-val.",
-        rich_help_panel="Data",
-    ),
-]
-Vocabulary = Annotated[
-    Path | None,
-    typer.Option(
-        "--vocabulary",
-        metavar="FILE",
-        help="Text embeddings (.npz, .npy) to use instead of the dataset config's.",
-        rich_help_panel="Detections",
-    ),
-]
-ScoreThreshold = Annotated[
-    float,
-    typer.Option(
-        "--score-threshold",
-        min=0.0,
-        max=1.0,
-        help="Report precision, recall and false positives above this, too; classes with a threshold of their own have that.",
-        rich_help_panel="Scoring",
-    ),
-]
-Protocol = Annotated[
-    Literal["lvis", "coco", "openimages"] | None,
-    typer.Option(
-        "--protocol",
-        metavar="lvis|coco|openimages",
-        case_sensitive=False,
-        help="Whose protocol to score by: lvis (federated annotations), coco (exhaustive) or openimages. "
-        "[default: by what the annotations say]",
-        rich_help_panel="Scoring",
-    ),
-]
+PREDICTIONS = "predictions"
+"""Folder below an evaluation's output that holds what the detector found."""
+
+_data, _scoring = panel("Data"), panel("Scoring")
 
 
 def _iou_types(text: str) -> tuple[str, ...]:
@@ -122,213 +56,144 @@ def _iou_types(text: str) -> tuple[str, ...]:
     return types
 
 
-IouTypes = Annotated[
-    Any,
-    typer.Option(
-        "--iou-type",
-        metavar="bbox,segm",
-        parser=_iou_types,
-        help="What is scored. [default: boxes, and masks where objects and detections have them]",
-        rich_help_panel="Scoring",
-    ),
-]
-Engine = Annotated[
-    Literal["hotcoco", "lvis"],
-    typer.Option(
-        "--engine",
-        metavar="hotcoco|lvis",
-        case_sensitive=False,
-        help="hotcoco: fast; lvis: the official evaluators (lvis, pycocotools), the reference.",
-        rich_help_panel="Scoring",
-    ),
-]
-Fixed = Annotated[
-    bool,
-    typer.Option(
-        "--fixed",
-        help="Fixed AP: no limit of detections an image, 10,000 a category. Not comparable with AP.",
-        rich_help_panel="Scoring",
-    ),
-]
-Bootstrap = Annotated[
-    int,
-    typer.Option(
-        "--bootstrap",
-        min=0,
-        help="Resamples for confidence intervals; 0: none.",
-        rich_help_panel="Scoring",
-    ),
-]
-Hierarchy = Annotated[
-    Path | None,
-    typer.Option(
-        "--hierarchy",
-        metavar="FILE",
-        help="OpenImages' hierarchy, for expanded AP50.",
-        rich_help_panel="Scoring",
-    ),
-]
-AllowOutside = Annotated[
-    bool,
-    typer.Option(
-        "--allow-outside",
-        help="Accept boxes that reach out of their image.",
-        rich_help_panel="Scoring",
-    ),
-]
-AllowDuplicates = Annotated[
-    bool,
-    typer.Option(
-        "--allow-duplicates",
-        help="Accept results that hold every detection twice.",
-        rich_help_panel="Scoring",
-    ),
-]
-OutputFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FOLDER",
-        help="Where files are written. [default: in the run folder, else below evaluation]",
-        rich_help_panel="Output",
-    ),
-]
-Compare = Annotated[
-    tuple[Path, Path] | None,
-    typer.Option(
-        "--compare",
-        metavar="A B",
-        help="Say whether B is better than A: two results files, or two folders of evaluations.",
-        rich_help_panel="Detections",
-    ),
-]
-Gpus = Annotated[
-    int | None,
-    typer.Option(
-        "--gpus", min=1, help="Processes. [default: one a GPU]", rich_help_panel="Running"
-    ),
-]
-BatchSize = Annotated[
-    int,
-    typer.Option(
-        "--batch-size", min=1, help="Images in the network at once.", rich_help_panel="Running"
-    ),
-]
-
-
-@app.command(
-    epilog=examples(
-        "proxydet eval --run runs/quickstart",
-        "proxydet eval --weights proxydet-r50-inl --data lvis",
-        "proxydet eval --weights proxydet-r50-inl --split minival --fixed",
-        "proxydet eval --results detections.json.gz --data lvis_v1_val.json",
-        "proxydet eval --run runs/pets --data pets.toml --split train --json",
-        "proxydet eval --compare runs/a/evaluation/lvis-val runs/b/evaluation/lvis-val --data lvis",
-    )
-)
-def evaluate(
-    run: Run = None,
-    weights: Weights = None,
-    config: Model = None,
-    results: Results = None,
-    data: Data = None,
-    split: Split = "val",
-    vocabulary: Vocabulary = None,
-    background: Background = None,
-    protocol: Protocol = None,
-    iou_type: IouTypes = None,
-    engine: Engine = "hotcoco",
-    fixed: Fixed = False,
-    bootstrap: Bootstrap = 200,
-    score_threshold: ScoreThreshold = 0.3,
-    hierarchy: Hierarchy = None,
-    allow_outside: AllowOutside = False,
-    allow_duplicates: AllowDuplicates = False,
-    output: OutputFolder = None,
-    compare: Compare = None,
-    device: Device = "auto",
-    gpus: Gpus = None,
-    batch_size: BatchSize = 1,
-    tta: Tta = False,
-    precision: PrecisionOption = None,
-    rescore: Rescore = None,
-    tiles: Tiles = None,
-    tile_overlap: TileOverlap = None,
-    whole_image: WholeImage = None,
-    json: Json = False,
-) -> None:
-    """Compute average precision with confidence intervals.
-
-    Predictions are kept in the output folder: a stopped evaluation resumes where it stopped.
-    """
-    from proxydet.evaluation.config import EvaluationConfig
-
-    options = EvalOptions(
-        run=run,
-        weights=weights,
-        model=config,
-        results=results,
-        data=data,
-        split=split,
-        vocabulary=vocabulary,
-        background=background,
-        output=output,
-        device=device,
-        gpus=gpus,
-        config=EvaluationConfig(
-            engine=engine,
-            protocol=protocol,
-            iou_types=iou_type or (),
-            fixed=fixed,
-            bootstrap=bootstrap,
-            score_threshold=score_threshold,
-            hierarchy=hierarchy,
-            allow_outside=allow_outside,
-            allow_duplicates=allow_duplicates,
-            batch_size=batch_size,
-        ),
-        tta=tta,
-        precision=precision,
-        comparing=compare is not None,
-        settings={
-            "rescore": rescore,
-            "tiles": tiles,
-            "tile_overlap": tile_overlap,
-            "whole_image": whole_image,
-        },
-    )
-    if compare is not None:
-        compare_results(*compare, options, Output(json=json))
-    else:
-        evaluate_options(options, Output(json=json))
-
-
-PREDICTIONS = "predictions"
-"""Folder below an evaluation's output that holds what the detector found."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """What to evaluate, on what, and how."""
 
-    run: Path | None
-    weights: str | None
-    model: str | None
-    results: Path | None
-    data: str | None
-    split: str
-    vocabulary: Path | None
-    output: Path | None
-    device: str
-    gpus: int | None
-    config: EvaluationConfig
-    tta: bool = False
-    precision: Precision | None = None
-    comparing: bool = False
-    background: str | None = None
-    settings: Mapping[str, float | None] = field(default_factory=dict)
-    """Inference settings by name that other options replace; None: it is not given."""
+    model: DetectorOptions
+    inference: InferenceOptions
+    results: Annotated[
+        Path | None,
+        detections(
+            "--results",
+            metavar="FILE",
+            help="Score this LVIS or COCO results file (JSON, plain or gzipped), or what predict --save coco wrote, instead of detecting.",
+        ),
+    ] = None
+    data: Annotated[
+        str | None,
+        _data(
+            "--data",
+            "--dataset",
+            metavar="NAME|FILE",
+            help="Dataset config (TOML), or a prepared data set (lvis, coco, objects365, openimages); for --results an "
+            "annotation file (JSON) will do. [default: the run's, else lvis]",
+        ),
+    ] = None
+    split: Annotated[
+        str,
+        _data(
+            "--split",
+            metavar="val|test|train|NAME",
+            help="Which split of the data set; or one that papers report, which needs no --data: minival (of LVIS), lvis-val, coco-val, "
+            "coco-zero-shot, objects365-val, openimages-val.",
+        ),
+    ] = "val"
+    vocabulary: Annotated[
+        Path | None,
+        detections(
+            "--vocabulary",
+            metavar="FILE",
+            help="Text embeddings (.npz, .npy) to use instead of the dataset config's.",
+        ),
+    ] = None
+    background: Background = None
+    protocol: Annotated[
+        Literal["lvis", "coco", "openimages"] | None,
+        _scoring(
+            "--protocol",
+            metavar="lvis|coco|openimages",
+            case_sensitive=False,
+            help="Whose protocol to score by: lvis (federated annotations), coco (exhaustive) or openimages. "
+            "[default: by what the annotations say]",
+        ),
+    ] = None
+    iou_type: Annotated[
+        Any,
+        _scoring(
+            "--iou-type",
+            metavar="bbox,segm",
+            parser=_iou_types,
+            help="What is scored. [default: boxes, and masks where objects and detections have them]",
+        ),
+    ] = None
+    engine: Annotated[
+        Literal["hotcoco", "lvis"],
+        _scoring(
+            "--engine",
+            metavar="hotcoco|lvis",
+            case_sensitive=False,
+            help="hotcoco: fast; lvis: the official evaluators (lvis, pycocotools), the reference.",
+        ),
+    ] = "hotcoco"
+    fixed: Annotated[
+        bool,
+        _scoring(
+            "--fixed",
+            help="Fixed AP: no limit of detections an image, 10,000 a category. Not comparable with AP.",
+        ),
+    ] = False
+    bootstrap: Annotated[
+        int, _scoring("--bootstrap", min=0, help="Resamples for confidence intervals; 0: none.")
+    ] = 200
+    score_threshold: Annotated[
+        float,
+        _scoring(
+            "--score-threshold",
+            min=0.0,
+            max=1.0,
+            help="Report precision, recall and false positives above this, too; classes with a threshold of their own have that.",
+        ),
+    ] = 0.3
+    hierarchy: Annotated[
+        Path | None,
+        _scoring("--hierarchy", metavar="FILE", help="OpenImages' hierarchy, for expanded AP50."),
+    ] = None
+    allow_outside: Annotated[
+        bool, _scoring("--allow-outside", help="Accept boxes that reach out of their image.")
+    ] = False
+    allow_duplicates: Annotated[
+        bool, _scoring("--allow-duplicates", help="Accept results that hold every detection twice.")
+    ] = False
+    output: Annotated[
+        Path | None,
+        panel("Output")(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Where files are written. [default: in the run folder, else below evaluation]",
+        ),
+    ] = None
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        detections(
+            "--compare",
+            metavar="A B",
+            help="Say whether B is better than A: two results files, or two folders of evaluations.",
+        ),
+    ] = None
+    gpus: Annotated[
+        int | None, panel("Detector")("--gpus", min=1, help="Processes. [default: one a GPU]")
+    ] = None
+    batch_size: BatchSize = 1
+
+    @property
+    def config(self) -> EvaluationConfig:
+        """How detections are scored."""
+        from proxydet.evaluation.config import EvaluationConfig
+
+        return EvaluationConfig(
+            engine=self.engine,
+            protocol=self.protocol,
+            iou_types=self.iou_type or (),
+            fixed=self.fixed,
+            bootstrap=self.bootstrap,
+            score_threshold=self.score_threshold,
+            hierarchy=self.hierarchy,
+            allow_outside=self.allow_outside,
+            allow_duplicates=self.allow_duplicates,
+            batch_size=self.batch_size,
+        )
 
     @property
     def published(self) -> PublishedSplit | None:
@@ -337,8 +202,12 @@ class EvalOptions:
 
         return PUBLISHED_SPLITS.get(self.split)
 
-    def check(self) -> None:
-        """Raise ConfigError where options contradict each other or something is missing."""
+    def check(self, detecting: list[str]) -> None:
+        """Raise ConfigError where options contradict each other or something is missing.
+
+        Args:
+            detecting: The given options of detecting, which results that are there exclude.
+        """
         from proxydet.data.dataset import PARTS, PUBLISHED_SPLITS
 
         if self.split not in PARTS and self.published is None:
@@ -351,18 +220,16 @@ class EvalOptions:
                 f"--split {self.split} ({self.published.title}) is of {self.published.data}, not of {self.data}.",
                 hint="leave out --data, or name the split of your data set: val, test, train",
             )
-        if self.results is not None:
-            given = self._detecting()
-            if given:
-                raise ConfigError(
-                    f"--results cannot be combined with {', '.join(given)}: they are scored as they are.",
-                    hint="leave it out, or leave out --results to detect again",
-                )
-        if self.config.hierarchy is not None and not self.config.hierarchy.is_file():
+        if self.results is not None and detecting:
+            raise ConfigError(
+                f"--results cannot be combined with {', '.join(detecting)}: they are scored as they are.",
+                hint="leave it out, or leave out --results to detect again",
+            )
+        if self.hierarchy is not None and not self.hierarchy.is_file():
             raise InputError(
-                f"there is no class hierarchy {self.config.hierarchy}",
+                f"there is no class hierarchy {self.hierarchy}",
                 hint="--hierarchy takes OpenImages' own file, challenge-2019-label500-hierarchy.json",
-                path=self.config.hierarchy,
+                path=self.hierarchy,
             )
         named = self.data is not None or self.published is not None
         if self.results is not None and not named:
@@ -373,32 +240,11 @@ class EvalOptions:
         if self.results is None and self.vocabulary is not None and not named:
             raise ConfigError("--vocabulary belongs to a data set.", hint="give --data too")
 
-    def _detecting(self) -> list[str]:
-        """Names of the given options that say how to detect, which has no part where results are there already."""
-        options = {
-            "--run": self.run is not None,
-            "--weights": self.weights is not None,
-            "--config": self.model is not None,
-            "--device": self.device != "auto",
-            "--gpus": self.gpus is not None,
-            "--batch-size": self.config.batch_size != 1,
-            "--tta": self.tta,
-            "--precision": self.precision is not None,
-            **{
-                f"--{name.replace('_', '-')}": value is not None
-                for name, value in self.settings.items()
-            },
-            "--background": self.background is not None,
-        }
-        return [name for name, given in options.items() if given]
-
-    def check_comparison(self) -> None:
-        """Raise ConfigError where the options are not those of a comparison."""
-        others = {"--results": self.results, "--output": self.output}
-        given = [name for name, value in others.items() if value is not None] + self._detecting()
-        if given:
+    def check_comparison(self, detecting: list[str]) -> None:
+        """Raise ConfigError where the options are not those of a comparison, as `check`."""
+        if detecting:
             raise ConfigError(
-                f"--compare cannot be combined with {', '.join(given)}: it reads results that are there and writes no files.",
+                f"--compare cannot be combined with {', '.join(detecting)}: it reads results that are there and writes no files.",
                 hint="make each result with a proxydet eval of its own, then compare the two folders",
             )
         if self.data is None and self.published is None:
@@ -432,11 +278,38 @@ class EvalOptions:
         place = dataset if self.published is not None else f"{dataset}-{self.split}"
         if self.annotations_only():
             place = Path(self.data or "").resolve().name.split(".")[0]
-        if self.run is not None:
-            return self.run / "evaluation" / place
+        if self.model.run is not None:
+            return self.model.run / "evaluation" / place
         if self.results is not None:
             return Path("evaluation") / f"{self.results.name.split('.')[0]}-{place}"
-        return Path("evaluation") / f"{Path(self.weights or 'proxydet-r50-inl').stem}-{place}"
+        return Path("evaluation") / f"{Path(self.model.weights or 'proxydet-r50-inl').stem}-{place}"
+
+
+@app.command(
+    epilog=examples(
+        "proxydet eval --run runs/quickstart",
+        "proxydet eval --weights proxydet-r50-inl --data lvis",
+        "proxydet eval --weights proxydet-r50-inl --split minival --fixed",
+        "proxydet eval --results detections.json.gz --data lvis_v1_val.json",
+        "proxydet eval --run runs/pets --data pets.toml --split train --json",
+        "proxydet eval --compare runs/a/evaluation/lvis-val runs/b/evaluation/lvis-val --data lvis",
+    )
+)
+def evaluate(context: typer.Context, options: EvalOptions, *, json: Json = False) -> None:
+    """Compute average precision with confidence intervals.
+
+    Predictions are kept in the output folder: a stopped evaluation resumes where it stopped.
+    """
+    output = Output(json=json)
+    detecting = given_options(
+        context, DetectorOptions, InferenceOptions, "gpus", "batch_size", "background"
+    )
+    if options.compare is not None:
+        options.check_comparison(detecting + given_options(context, "results", "output"))
+        compare_results(*options.compare, options, output)
+    else:
+        options.check(detecting)
+        evaluate_options(options, output)
 
 
 def results_of(place: Path) -> Path:
@@ -477,7 +350,7 @@ def read_description(options: EvalOptions) -> DatasetConfig:
     from proxydet.data.dataset import DatasetConfig, published_split
 
     if options.published is not None:
-        detecting = options.results is None and not options.comparing
+        detecting = options.results is None and options.compare is None
         return published_split(options.split, with_images=detecting)
     path = _description_path(options)
     if not path.is_file():
@@ -497,12 +370,12 @@ def _description_path(options: EvalOptions) -> Path:
     path = options.data_path()
     if path is not None:
         return path
-    if options.run is not None:
+    if options.model.run is not None:
         from proxydet.config import from_mapping
         from proxydet.data.config import DataConfig
         from proxydet.models import configuration_of
 
-        run = configuration_of(require_run(options.run))
+        run = configuration_of(require_run(options.model.run))
         found = from_mapping(DataConfig, run.get("data", {})).description
         if found is not None:
             return found
@@ -515,7 +388,6 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
     from proxydet.evaluation.records import record_results
     from proxydet.inference.writers import check_folder
 
-    options.check()
     if options.output is not None:
         check_folder(options.output)
     progress = _progress()
@@ -527,10 +399,8 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
         record_results(options.folder(truth.name), options.results, truth, options.config)
         _conclude(evaluation, split, options, output, progress)
         return
-    from proxydet.models import find_detector
-
     description = read_description(options)
-    named = find_detector(run=options.run, weights=options.weights, config=options.model)
+    named = options.model.find()
     with _processes(options, options.folder(description.name)) as device:
         if device is None:
             return
@@ -542,7 +412,7 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
 
         split = _open_split(description, options, progress)
         opened = open_here(named, device=device)
-        detector = tuned(opened, tta=options.tta, precision=options.precision, **options.settings)
+        detector = options.inference.apply(opened)
         folder = options.folder(description.name)
         classes = None
         if options.background is not None:
@@ -570,18 +440,18 @@ def _processes(options: EvalOptions, folder: Path) -> Iterator[str | None]:
     from proxydet.training.launch import launch, plan_launch, worker
 
     logs = folder / "logs"
-    on_gpus = options.device in ("auto", "cuda") and torch.cuda.is_available()
+    on_gpus = options.model.device in ("auto", "cuda") and torch.cuda.is_available()
     plan = plan_launch(
         gpus=options.gpus, whole_job=False, available=torch.cuda.device_count() if on_gpus else 1
     )
     if plan.started:
-        with worker(logs), connect(options.device) as info:
+        with worker(logs), connect(options.model.device) as info:
             yield str(info.device)
     elif plan.torchrun:
         launch(plan, ["-m", "proxydet_cli", *sys.argv[1:]], logs)
         yield None
     else:
-        yield options.device
+        yield options.model.device
 
 
 def _conclude(
@@ -620,7 +490,6 @@ def compare_results(first: Path, second: Path, options: EvalOptions, output: Out
     from proxydet.evaluation import evaluate as core
     from proxydet.evaluation.report import difference_rows
 
-    options.check_comparison()
     files = results_of(first), results_of(second)
     progress = _progress()
     truth, groups, _ = open_subject(options, progress)

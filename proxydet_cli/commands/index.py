@@ -11,18 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxydet_cli.opening import open_detector, tuned
-from proxydet_cli.options import (
-    Device,
-    Json,
-    ModelConfig,
+from proxydet_cli.opening import (
+    BatchSize,
+    DetectorOptions,
+    InferenceOptions,
     PrecisionOption,
-    Run,
-    Weights,
-    Yes,
-    command_app,
-    examples,
+    open_detector,
 )
+from proxydet_cli.options import IndexFolder, Json, Yes, command_app, examples, panel
+from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.index.store import StoredIndex
@@ -33,9 +30,7 @@ app = command_app(
     default="add",
 )
 
-IndexFolder = Annotated[
-    Path, typer.Argument(metavar="INDEX", help="The folder that proxydet index wrote.")
-]
+_output = panel("Output")
 
 
 @app.command(
@@ -55,50 +50,39 @@ def add(
     ],
     output: Annotated[
         Path,
-        typer.Option(
+        _output(
             "--output",
             "-o",
             metavar="INDEX",
             help="The index (a folder): made, or added to where it is there.",
-            rich_help_panel="Output",
         ),
     ],
+    model: DetectorOptions,
+    *,
     compact: Annotated[
         bool,
-        typer.Option(
+        _output(
             "--compact",
             help="Keep the best regions of an image only, in few bytes: scores differ a little from those of predict.",
-            rich_help_panel="Output",
         ),
     ] = False,
     regions: Annotated[
         int | None,
-        typer.Option(
+        _output(
             "--regions",
             min=1,
             help="Regions that a compact index keeps of an image. [default: 30]",
             show_default=False,
-            rich_help_panel="Output",
         ),
     ] = None,
-    run: Run = None,
-    weights: Weights = None,
-    config: ModelConfig = None,
-    device: Device = "auto",
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            "--batch-size", min=1, help="Images in the network at once.", rich_help_panel="Detector"
-        ),
-    ] = 4,
+    batch_size: BatchSize = 4,
     precision: PrecisionOption = None,
     shard: Annotated[
         str | None,
-        typer.Option(
+        _output(
             "--shard",
             metavar="I/N",
             help="Index only each N-th image, from the I-th (0 to N - 1) on, or auto in a cluster: give each machine its own -o, and merge.",
-            rich_help_panel="Output",
         ),
     ] = None,
     yes: Yes = False,
@@ -114,13 +98,11 @@ def add(
     from proxydet.index.store import COMPACT_REGIONS
     from proxydet.inference.sharded import Shard
     from proxydet.inference.sources import describe_left_out, stream_images
-    from proxydet.models import find_detector
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     if regions is not None and not compact:
         raise typer.BadParameter("--regions belongs to --compact")
-    named = find_detector(run=run, weights=weights, config=config)
+    named = model.find()
     left_out: Counter[str] = Counter()
     images: Iterator[SourceImage] = stream_images(sources, left_out)
     # Mistakes in the first source before the model is opened.
@@ -134,10 +116,10 @@ def add(
         part = Shard.parse(shard)
         images = itertools.islice(images, part.index, None, part.count)
     out = Output(json=json)
-    opened = open_detector(named, None, None, device=device, yes=yes)
+    opened = open_detector(named, device=model.device, yes=yes)
     from proxydet.index.build import index_files, open_writer
 
-    detector = tuned(opened, tta=False, precision=precision)
+    detector = InferenceOptions(precision=precision).apply(opened)
     most_regions = (regions or COMPACT_REGIONS) if compact else None
     with open_writer(detector, output, most_regions=most_regions) as writer:
         done = index_files(
@@ -171,7 +153,6 @@ def add(
 def info(index: IndexFolder, json: Json = False) -> None:
     """Show what is in an index: images, regions, bytes, and the detector that made it."""
     from proxydet.index.store import StoredIndex
-    from proxydet_cli.output import Output
 
     Output(json=json).data(_described(StoredIndex(index)))
 
@@ -212,7 +193,7 @@ def verify(
     """Compare every part of an index with its SHA-256; the exit code is 3 where something is wrong."""
     from proxydet.errors import DataError
     from proxydet.index.store import StoredIndex
-    from proxydet_cli.output import Output
+    from proxydet.wording import counted
     from proxydet_cli.progress import show_progress
 
     stored = StoredIndex(index)
@@ -222,8 +203,8 @@ def verify(
     out.data({"index": index, "images": stored.images, "wrong": wrong}, "\n".join(wrong) or "sound")
     if wrong:
         raise DataError(
-            f"{len(wrong)} things are wrong in {index}",
-            hint="index the images of damaged parts again, or put the files back",
+            f"{counted(len(wrong), 'problem')} in {index}",
+            hint="index the images of damaged parts again, or restore the files",
             path=index,
         )
 
@@ -248,7 +229,6 @@ def remove(
     """Remove images from an index; image files are left alone."""
     from proxydet.errors import DataError
     from proxydet.index.store import IndexWriter, StoredIndex, is_gone
-    from proxydet_cli.output import Output
 
     if not images and not missing:
         raise typer.BadParameter("name images or folders, or give --missing")
@@ -262,7 +242,7 @@ def remove(
         ]
         if not chosen and not missing:
             raise DataError(
-                f"{index} holds none of these images",
+                f"none of these images is in {index}",
                 hint="images are named by the paths that proxydet search shows",
                 path=index,
             )
@@ -296,7 +276,6 @@ def merge(
     """
     from proxydet.errors import DataError
     from proxydet.index.store import IndexWriter, StoredIndex, read_words
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     opened = [StoredIndex(index) for index in indexes]
@@ -333,7 +312,6 @@ def approximate(index: IndexFolder, json: Json = False) -> None:
     """Build what proxydet search --approximate needs, for many millions of regions; it serves until images are added or removed."""
     from proxydet.index.search import RegionIndex
     from proxydet.wording import size_text
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     file = RegionIndex(index).build_approximate(show_progress())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxydet_cli.options import DryRun, Json, command_app, examples
+from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.runtime.patch import PatchChange, PatchStatus
@@ -30,7 +31,6 @@ Detectron2 = Annotated[
 def status(json: Json = False, detectron2: Detectron2 = None) -> None:
     """Report whether the change is present, by reading the file; changes nothing."""
     from proxydet.runtime.patch import patch_status
-    from proxydet_cli.output import Output
 
     found = patch_status(_file(detectron2))
     Output(json=json).data(found, _status_text(found))
@@ -40,7 +40,6 @@ def status(json: Json = False, detectron2: Detectron2 = None) -> None:
 def apply(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = None) -> None:
     """Write the change into detectron2's layers/roi_align.py, keeping the original next to it."""
     from proxydet.runtime.patch import apply_patch
-    from proxydet_cli.output import Output
 
     change = apply_patch(_file(detectron2), dry_run=dry_run)
     Output(json=json).data(change, _change_text(change))
@@ -50,7 +49,6 @@ def apply(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = 
 def revert(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = None) -> None:
     """Restore the original file, byte for byte."""
     from proxydet.runtime.patch import revert_patch
-    from proxydet_cli.output import Output
 
     change = revert_patch(_file(detectron2), dry_run=dry_run)
     Output(json=json).data(change, _change_text(change))
@@ -71,7 +69,6 @@ def verify(
     import sys
 
     from proxydet.runtime.roi_verify import verify_roi_align
-    from proxydet_cli.output import Output
 
     if device not in {None, "cpu", "cuda"}:
         raise typer.BadParameter("give cpu or cuda", param_hint="--device")

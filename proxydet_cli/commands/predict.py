@@ -13,40 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxydet_cli.jobs import (
-    Engine,
-    EngineOption,
-    Gpus,
-    MaxErrors,
-    PartSize,
-    RetryErrors,
-    ShardOption,
-    Workers,
-    check_job,
-    run_command_job,
-)
-from proxydet_cli.opening import check_choice, chosen_vocabulary, open_detector, tuned
-from proxydet_cli.options import (
-    Background,
+from proxydet_cli.jobs import Engine, JobOptions
+from proxydet_cli.opening import (
     BaseAbove,
-    Classes,
-    Device,
+    BatchSize,
+    ClassOptions,
+    DetectorOptions,
+    InferenceOptions,
+    open_detector,
+)
+from proxydet_cli.options import (
     Json,
-    ModelConfig,
-    NamesFile,
     OneLabel,
-    PrecisionOption,
-    Rescore,
-    Run,
-    TileOverlap,
-    Tiles,
-    Tta,
-    VocabularySource,
-    Weights,
-    WholeImage,
+    Threshold,
+    Top,
     Yes,
     command_app,
+    detections,
     examples,
+    given_options,
+    panel,
 )
 from proxydet_cli.output import Output
 
@@ -62,102 +48,7 @@ _SHOWN = 10
 # Nor lines of more images than these.
 _MANY = 1000
 
-Sources = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="IMAGE|VIDEO",
-        help="Files, folders of images, patterns in quotes ('photos/*.jpg'), tars, URLs of object stores (s3://bucket/photos/), "
-        "@FILE for a list of these, webcam or webcam:1, or - for a list of "
-        "files on stdin, one a line or separated by NUL.",
-    ),
-]
-Threshold = Annotated[
-    float,
-    typer.Option(
-        "--score-threshold",
-        min=0.0,
-        max=1.0,
-        help="Keep what scores above this.",
-        rich_help_panel="Detections",
-    ),
-]
-Top = Annotated[
-    int,
-    typer.Option(
-        "--top", min=1, help="Keep at most this many an image.", rich_help_panel="Detections"
-    ),
-]
-Masks = Annotated[
-    bool | None,
-    typer.Option(
-        "--masks/--no-masks",
-        help="Predict masks, or boxes only. [default: masks, by a detector that has a mask head]",
-        show_default=False,
-        rich_help_panel="Detections",
-    ),
-]
-OutputFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FOLDER",
-        help="Where files are saved. [default: predictions; predictions-2, ... where that holds results]",
-        rich_help_panel="Output",
-    ),
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite",
-        help="Replace results that are in the output folder.",
-        rich_help_panel="Output",
-    ),
-]
-Save = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--save",
-        metavar="KINDS",
-        help="What to save: images, json, coco, yolo, voc, labelstudio, crops, csv; several with commas, or repeated; none for nothing. Of a video: "
-        "images (an annotated video), json, csv. Alone, for any number of images in a job that can be continued: jsonl, jsonl.gz, parquet. "
-        "[default: images, or none with --json]",
-        rich_help_panel="Output",
-    ),
-]
-Quiet = Annotated[
-    bool | None,
-    typer.Option(
-        "--quiet/--no-quiet",
-        help="Print one line at the end, not one an image. [default: of more than 1,000 images]",
-        show_default=False,
-        rich_help_panel="Output",
-    ),
-]
-BatchSize = Annotated[
-    int,
-    typer.Option(
-        "--batch-size", min=1, help="Images in the network at once.", rich_help_panel="Detections"
-    ),
-]
-Every = Annotated[
-    int,
-    typer.Option(
-        "--every",
-        min=1,
-        help="Of a video, run on each frame (1), each second one (2), ...",
-        rich_help_panel="Detections",
-    ),
-]
-
-Track = Annotated[
-    bool,
-    typer.Option(
-        "--track",
-        help="Of a video, follow the objects: each has an id, and in drawn frames a colour.",
-        rich_help_panel="Detections",
-    ),
-]
+_output = panel("Output")
 
 
 @app.command(
@@ -176,41 +67,80 @@ Track = Annotated[
     )
 )
 def predict(
-    sources: Sources,
-    classes: Classes = None,
-    vocabulary: VocabularySource = None,
-    names: NamesFile = None,
-    background: Background = None,
-    run: Run = None,
-    weights: Weights = None,
-    config: ModelConfig = None,
+    context: typer.Context,
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE|VIDEO",
+            help="Files, folders of images, patterns in quotes ('photos/*.jpg'), tars, URLs of object stores (s3://bucket/photos/), "
+            "@FILE for a list of these, webcam or webcam:1, or - for a list of "
+            "files on stdin, one a line or separated by NUL.",
+        ),
+    ],
+    classes: ClassOptions,
+    model: DetectorOptions,
+    inference: InferenceOptions,
+    *,
     score_threshold: Threshold = 0.3,
     top: Top = 300,
     one_label: OneLabel = True,
-    masks: Masks = None,
-    output: OutputFolder = None,
-    overwrite: Overwrite = False,
-    save: Save = None,
-    device: Device = "auto",
+    masks: Annotated[
+        bool | None,
+        detections(
+            "--masks/--no-masks",
+            help="Predict masks, or boxes only. [default: masks, by a detector that has a mask head]",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[
+        int,
+        detections(
+            "--every",
+            min=1,
+            help="Of a video, run on each frame (1), each second one (2), ...",
+        ),
+    ] = 1,
+    track: Annotated[
+        bool,
+        detections(
+            "--track",
+            help="Of a video, follow the objects: each has an id, and in drawn frames a colour.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        _output(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Where files are saved. [default: predictions; predictions-2, ... where that holds results]",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, _output("--overwrite", help="Replace results that are in the output folder.")
+    ] = False,
+    save: Annotated[
+        list[str] | None,
+        _output(
+            "--save",
+            metavar="KINDS",
+            help="What to save: images, json, coco, yolo, voc, labelstudio, crops, csv; several with commas, or repeated; none for nothing. Of a video: "
+            "images (an annotated video), json, csv. Alone, for any number of images in a job that can be continued: jsonl, jsonl.gz, parquet. "
+            "[default: images, or none with --json]",
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool | None,
+        _output(
+            "--quiet/--no-quiet",
+            help="Print one line at the end, not one an image. [default: of more than 1,000 images]",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: BatchSize = 4,
-    every: Every = 1,
-    track: Track = False,
-    tta: Tta = False,
-    precision: PrecisionOption = None,
-    rescore: Rescore = None,
-    tiles: Tiles = None,
-    tile_overlap: TileOverlap = None,
-    whole_image: WholeImage = None,
     base_above: BaseAbove = 0.9,
-    shard: ShardOption = None,
-    workers: Workers = None,
-    gpus: Gpus = None,
-    engine: EngineOption = Engine.processes,
-    part_size: PartSize = None,
-    max_errors: MaxErrors = None,
-    retry_errors: RetryErrors = False,
+    job: JobOptions,
     yes: Yes = False,
-    quiet: Quiet = None,
     json: Json = False,
 ) -> None:
     """Detect objects in images and videos from any class names.
@@ -238,28 +168,15 @@ def predict(
         output_files,
         reserved_names,
     )
-    from proxydet.models import find_detector
     from proxydet_cli.progress import show_progress
 
-    check_choice(classes, vocabulary, names, background)
+    classes.check()
     # A user's own image may be as large as it likes; beyond twice Pillow's limit it is an error all the same.
     warnings.simplefilter("ignore", DecompressionBombWarning)
-    named = find_detector(run=run, weights=weights, config=config)
+    named = model.find()
     kinds = _kinds(save, json=json)
     check_kinds(kinds)
-    kind = _job_kind(
-        save,
-        kinds,
-        {
-            "--shard": shard is not None,
-            "--workers": workers is not None,
-            "--gpus": gpus is not None,
-            "--engine": engine is not Engine.processes,
-            "--part-size": part_size is not None,
-            "--max-errors": max_errors is not None,
-            "--retry-errors": retry_errors,
-        },
-    )
+    kind = _job_kind(save, kinds, given_options(context, JobOptions))
     out = Output(json=json)
     images = FoundImages()
     videos: tuple[VideoFile, ...] = ()
@@ -269,16 +186,7 @@ def predict(
                 f"--track follows objects in videos, --save {kind} is of images"
             )
         folder = output or Path("predictions")
-        part_of = check_job(
-            folder,
-            sources,
-            shard=shard,
-            overwrite=overwrite,
-            workers=workers,
-            gpus=gpus,
-            engine=engine,
-            module="proxydet.inference.rows",
-        )
+        shard = job.check(folder, sources, overwrite=overwrite, module="proxydet.inference.rows")
     else:
         sources, listed = _with_stdin(sources)
         named_images, named_videos = split_sources(sources)
@@ -303,55 +211,39 @@ def predict(
         if images.left_out:
             out.message(f"left out: {describe_left_out(images.left_out)}")
 
-    opened = open_detector(named, classes, vocabulary, device=device, yes=yes)
+    opened = open_detector(named, classes, device=model.device, yes=yes)
     # Loads torch, for seconds: what can be refused was refused.
     from proxydet.inference.jobs import predict_files, predict_video
 
-    detector = tuned(
-        opened,
-        tta=tta,
-        precision=precision,
-        rescore=rescore,
-        tiles=tiles,
-        tile_overlap=tile_overlap,
-        whole_image=whole_image,
-    )
-    if precision is None and (faster := detector.faster_precision()) is not None:
+    detector = inference.apply(opened)
+    if inference.precision is None and (faster := detector.faster_precision()) is not None:
         out.message(f"hint: {faster}")
     detector = detector.with_settings(agnostic_nms=one_label, masks=masks)
     if detector.inference.tiles:
         read_large_images()
-    vocabulary_used = chosen_vocabulary(
-        detector, classes, vocabulary, names, base_above, background=background, yes=yes
-    )
+    vocabulary = classes.open(detector, base_above=base_above, yes=yes)
     settings = detector.settings(score_threshold=score_threshold, max_detections=top)
     if kind is not None:
         from proxydet.inference.rows import DetectionWork, OpenDetection, part_format
 
-        work = DetectionWork(detector=detector, vocabulary=vocabulary_used, settings=settings)
-        run_command_job(
+        work = DetectionWork(detector=detector, vocabulary=vocabulary, settings=settings)
+        job.run(
             out,
             folder,
             sources,
-            here=work,
+            work=work,
             elsewhere=OpenDetection(
                 named=named,
-                device="cuda:0" if gpus else device,
-                gpus=gpus if gpus and engine is Engine.processes else 0,
-                vocabulary=vocabulary_used,
+                device="cuda:0" if job.gpus else model.device,
+                gpus=job.gpus if job.gpus and job.engine is Engine.processes else 0,
+                vocabulary=vocabulary,
                 settings=settings,
             ),
             identity=work.identity,
             parts=part_format(kind),
-            shard=part_of,
+            shard=shard,
             overwrite=overwrite,
-            workers=workers,
-            gpus=gpus,
-            engine=engine,
             batch_size=batch_size,
-            part_size=part_size,
-            max_errors=max_errors,
-            retry_errors=retry_errors,
         )
         return
 
@@ -365,10 +257,10 @@ def predict(
             done = predict_files(
                 detector,
                 images.files,
-                vocabulary=vocabulary_used,
+                vocabulary=vocabulary,
                 settings=settings,
                 batch_size=batch_size,
-                writers=make_writers(kinds, folder, vocabulary_used.reported),
+                writers=make_writers(kinds, folder, vocabulary.reported),
                 on_result=shown.image,
                 progress=progress,
             )
@@ -378,7 +270,7 @@ def predict(
             summary = predict_video(
                 detector,
                 video,
-                vocabulary=vocabulary_used,
+                vocabulary=vocabulary,
                 settings=settings,
                 output=folder,
                 kinds=kinds,
@@ -421,13 +313,13 @@ def _kinds(save: list[str] | None, *, json: bool) -> list[str]:
     return [] if kinds == ["none"] else list(dict.fromkeys(renamed))
 
 
-def _job_kind(save: list[str] | None, kinds: list[str], given: dict[str, bool]) -> str | None:
+def _job_kind(save: list[str] | None, kinds: list[str], options: list[str]) -> str | None:
     """Return the form of a job's results; None: images are run on one by one.
 
     Args:
         save: What ``--save`` takes.
         kinds: What it means.
-        given: Whether each option of a job is given.
+        options: The given options of a job.
 
     Raises:
         ConfigError: They contradict each other.
@@ -436,7 +328,6 @@ def _job_kind(save: list[str] | None, kinds: list[str], given: dict[str, bool]) 
     from proxydet.inference.writers import PART_KINDS
 
     parts = [kind for kind in kinds if kind in PART_KINDS]
-    options = [name for name, asked in given.items() if asked]
     if (parts and len(kinds) > len(parts)) or (options and save and not parts):
         other = next((kind for kind in kinds if kind not in PART_KINDS), "none")
         raise ConfigError(

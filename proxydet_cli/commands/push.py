@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from proxydet_cli.options import DryRun, Json, Yes, command_app, examples
+from proxydet_cli.output import Output
 
 app = command_app()
 
@@ -62,7 +63,6 @@ def push(
     from proxydet.hub import check_name, require_login
     from proxydet.paths import require_run
     from proxydet.weight_files import check_weight_file
-    from proxydet_cli.output import Output
 
     out = Output(json=json)
     check_name(repository)

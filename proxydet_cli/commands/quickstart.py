@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxydet_cli.options import Json, command_app, examples
+from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.quickstart import Comparison, QuickstartResult
@@ -43,7 +44,6 @@ def quickstart(
     ProxyDet on it with every part of the method on, evaluates base and novel classes, predicts with other words,
     and writes report.html. Run it again after a stop: it resumes.
     """
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import training_progress
 
     out, progress = Output(json=json), training_progress()

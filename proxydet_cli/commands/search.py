@@ -10,29 +10,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxydet_cli.opening import add_background, check_choice, chosen_vocabulary
+from proxydet_cli.opening import BaseAbove, ClassOptions, add_background
 from proxydet_cli.options import (
-    Background,
-    BaseAbove,
-    Classes,
+    IndexFolder,
     Json,
-    NamesFile,
     OneLabel,
-    VocabularySource,
+    Threshold,
+    Top,
     Yes,
     command_app,
+    detections,
     examples,
     given_options,
+    panel,
 )
+from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.index.search import ImageHit, RegionIndex
     from proxydet.vocabulary.vocabulary import Vocabulary
-    from proxydet_cli.output import Output
 
 app = command_app()
 
 _SUFFIXES = (".json", ".csv", ".html")
+_evaluation = panel("Evaluation")
 
 
 @app.command(
@@ -46,71 +47,39 @@ _SUFFIXES = (".json", ".csv", ".html")
 )
 def search(
     context: typer.Context,
-    index: Annotated[
-        Path, typer.Argument(metavar="INDEX", help="The folder that proxydet index wrote.")
-    ],
-    classes: Classes = None,
-    vocabulary: VocabularySource = None,
-    names: NamesFile = None,
-    background: Background = None,
-    score_threshold: Annotated[
-        float,
-        typer.Option(
-            "--score-threshold",
-            min=0.0,
-            max=1.0,
-            help="Keep what scores above this.",
-            rich_help_panel="Detections",
-        ),
-    ] = 0.3,
-    limit: Annotated[
-        int,
-        typer.Option(
-            "--limit", min=1, help="At most this many images.", rich_help_panel="Detections"
-        ),
-    ] = 100,
-    top: Annotated[
-        int,
-        typer.Option(
-            "--top", min=1, help="At most this many in an image.", rich_help_panel="Detections"
-        ),
-    ] = 300,
+    index: IndexFolder,
+    classes: ClassOptions,
+    *,
+    score_threshold: Threshold = 0.3,
+    limit: Annotated[int, detections("--limit", min=1, help="At most this many images.")] = 100,
+    top: Top = 300,
     one_label: OneLabel = True,
     approximately: Annotated[
         bool,
-        typer.Option(
+        detections(
             "--approximate",
             help="Score only regions near the classes (proxydet index approximate): faster beyond some million regions, and misses some.",
-            rich_help_panel="Detections",
         ),
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(
+        panel("Output")(
             "--output",
             "-o",
             metavar="FILE",
             help="Write what was found: .json, .csv, or .html (a page of thumbnails with boxes).",
-            rich_help_panel="Output",
         ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
+        _evaluation(
             "--eval",
             metavar="NAME|FILE",
             help="Compute average precision on a data set whose images are in the index, see proxydet eval --data.",
-            rich_help_panel="Evaluation",
         ),
     ] = None,
     split: Annotated[
-        str,
-        typer.Option(
-            "--split",
-            metavar="val|test|train",
-            help="Which split, for --eval.",
-            rich_help_panel="Evaluation",
-        ),
+        str, _evaluation("--split", metavar="val|test|train", help="Which split, for --eval.")
     ] = "val",
     base_above: BaseAbove = 0.9,
     yes: Yes = False,
@@ -122,9 +91,8 @@ def search(
     first.
     """
     from proxydet.errors import ConfigError
-    from proxydet_cli.output import Output
 
-    check_choice(classes, vocabulary, names, background)
+    classes.check()
     if data is None:
         if given_options(context, "split"):
             raise typer.BadParameter("--split belongs to --eval")
@@ -143,7 +111,7 @@ def search(
         )
     if output is not None and output.suffix.lower() not in _SUFFIXES:
         raise ConfigError(
-            f"{output} is of no kind that can be written: {', '.join(_SUFFIXES)}",
+            f"{output} must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}",
             hint="-o found.html is a page of thumbnails",
         )
     from proxydet.index.search import RegionIndex
@@ -151,16 +119,11 @@ def search(
     out = Output(json=json)
     opened = RegionIndex(index)
     if data is not None:
-        chosen = None
-        if classes is not None or vocabulary is not None:
-            chosen = chosen_vocabulary(
-                opened, classes, vocabulary, names, background=background, yes=yes
-            )
-        _evaluate(opened, data, split, chosen, background, out)
+        named = classes.classes is not None or classes.vocabulary is not None
+        chosen = classes.open(opened, yes=yes) if named else None
+        _evaluate(opened, data, split, chosen, classes.background, out)
         return
-    wanted = chosen_vocabulary(
-        opened, classes, vocabulary, names, base_above, background=background, yes=yes
-    )
+    wanted = classes.open(opened, base_above=base_above, yes=yes)
     began = time.perf_counter()
     hits = opened.search(
         wanted,

@@ -4,127 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxydet_cli.opening import (
-    background_classes,
-    check_choice,
-    chosen_vocabulary,
-    fetch_published,
-    tuned,
-)
-from proxydet_cli.options import (
-    Background,
     BaseAbove,
-    Classes,
-    Device,
-    Json,
-    ModelConfig,
-    NamesFile,
-    PrecisionOption,
-    Rescore,
-    Run,
-    TileOverlap,
-    Tiles,
-    Tta,
-    VocabularySource,
-    Weights,
-    WholeImage,
-    Yes,
-    command_app,
-    examples,
-    given_options,
+    ClassOptions,
+    DetectorOptions,
+    InferenceOptions,
+    fetch_published,
+    read_background,
 )
+from proxydet_cli.options import Json, Yes, command_app, examples, given_options, panel
+from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     import socket
 
-    from proxydet_cli.output import Output
 
 app = command_app()
 
-# Parameters that do nothing with --index.
-_DETECTOR_ONLY = (
-    *("run", "weights", "config", "device", "max_upload", "tta", "precision"),
-    *("rescore", "tiles", "tile_overlap", "whole_image"),
-)
-
-Host = Annotated[
-    str,
-    typer.Option(
-        "--host",
-        help="Address to listen on; 0.0.0.0: all interfaces. There is no authentication.",
-        rich_help_panel="Server",
-    ),
-]
-Port = Annotated[
-    int,
-    typer.Option(
-        "--port",
-        min=0,
-        max=65535,
-        help="Port to listen on; 0: any free one.",
-        rich_help_panel="Server",
-    ),
-]
-AllowHost = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-host",
-        metavar="NAME",
-        help="Host name that requests may be addressed to, besides localhost; may be repeated.",
-        rich_help_panel="Server",
-    ),
-]
-IndexFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--index",
-        metavar="INDEX",
-        help="Serve a search page of what proxydet index wrote, instead of a detector.",
-        rich_help_panel="Detector",
-    ),
-]
-OpenPage = Annotated[
-    bool, typer.Option("--open", help="Open the page in the browser.", rich_help_panel="Server")
-]
-MaxUpload = Annotated[
-    float,
-    typer.Option(
-        "--max-upload",
-        min=0.01,
-        metavar="MIB",
-        help="Largest image file.",
-        rich_help_panel="Limits",
-    ),
-]
-MaxMegapixels = Annotated[
-    float,
-    typer.Option(
-        "--max-megapixels",
-        min=0.01,
-        help="Largest image, in million pixels; with --index the largest that is shown.",
-        rich_help_panel="Limits",
-    ),
-]
-Queue = Annotated[
-    int,
-    typer.Option(
-        "--queue", min=1, help="Requests that may wait; more are refused.", rich_help_panel="Limits"
-    ),
-]
-Timeout = Annotated[
-    float,
-    typer.Option(
-        "--timeout",
-        min=0.1,
-        help="Longest time for a response, in seconds.",
-        rich_help_panel="Limits",
-    ),
-]
+_server, _limits = panel("Server"), panel("Limits")
 
 
 @app.command(
@@ -137,29 +40,54 @@ Timeout = Annotated[
 )
 def serve(
     context: typer.Context,
-    classes: Classes = None,
-    vocabulary: VocabularySource = None,
-    names: NamesFile = None,
-    background: Background = None,
-    run: Run = None,
-    weights: Weights = None,
-    config: ModelConfig = None,
-    index: IndexFolder = None,
-    device: Device = "auto",
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
-    allow_host: AllowHost = None,
-    open_page: OpenPage = False,
-    max_upload: MaxUpload = 20,
-    max_megapixels: MaxMegapixels = 50,
-    queue: Queue = 32,
-    timeout: Timeout = 60,
-    tta: Tta = False,
-    precision: PrecisionOption = None,
-    rescore: Rescore = None,
-    tiles: Tiles = None,
-    tile_overlap: TileOverlap = None,
-    whole_image: WholeImage = None,
+    classes: ClassOptions,
+    model: DetectorOptions,
+    inference: InferenceOptions,
+    *,
+    index: Annotated[
+        Path | None,
+        panel("Detector")(
+            "--index",
+            metavar="INDEX",
+            help="Serve a search page of what proxydet index wrote, instead of a detector.",
+        ),
+    ] = None,
+    host: Annotated[
+        str,
+        _server(
+            "--host",
+            help="Address to listen on; 0.0.0.0: all interfaces. There is no authentication.",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, _server("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")
+    ] = 8000,
+    allow_host: Annotated[
+        list[str] | None,
+        _server(
+            "--allow-host",
+            metavar="NAME",
+            help="Host name that requests may be addressed to, besides localhost; may be repeated.",
+        ),
+    ] = None,
+    open_page: Annotated[bool, _server("--open", help="Open the page in the browser.")] = False,
+    max_upload: Annotated[
+        float, _limits("--max-upload", min=0.01, metavar="MIB", help="Largest image file.")
+    ] = 20,
+    max_megapixels: Annotated[
+        float,
+        _limits(
+            "--max-megapixels",
+            min=0.01,
+            help="Largest image, in million pixels; with --index the largest that is shown.",
+        ),
+    ] = 50,
+    queue: Annotated[
+        int, _limits("--queue", min=1, help="Requests that may wait; more are refused.")
+    ] = 32,
+    timeout: Annotated[
+        float, _limits("--timeout", min=0.1, help="Longest time for a response, in seconds.")
+    ] = 60,
     base_above: BaseAbove = 0.9,
     yes: Yes = False,
     json: Json = False,
@@ -171,17 +99,17 @@ def serve(
     """
     from proxydet.errors import DataError, JobInterruptedError
     from proxydet_cli import failures, output
-    from proxydet_cli.output import Output
 
     out = Output(json=json)
-    check_choice(classes, vocabulary, names, background)
+    classes.check()
     _check_packages()
-    from proxydet.models import find_detector
     from proxydet.serve.server import bind, is_loopback
     from proxydet.serve.server import serve as serve_app
     from proxydet_cli.commands.download import with_downloads
 
-    if index is not None and (useless := given_options(context, *_DETECTOR_ONLY)):
+    if index is not None and (
+        useless := given_options(context, DetectorOptions, InferenceOptions, "max_upload")
+    ):
         raise typer.BadParameter(
             f"--index runs no detector and takes no uploads: leave out {', '.join(useless)}"
         )
@@ -191,7 +119,7 @@ def serve(
             hint="make one with: proxydet index FOLDER -o photos.index",
             path=index,
         )
-    named = None if index is not None else find_detector(run=run, weights=weights, config=config)
+    named = model.find() if index is None else None
     with bind(host, port) as listening:
         loopback_only = is_loopback(listening)
         if not loopback_only:
@@ -200,7 +128,7 @@ def serve(
                 "nor encryption"
             )
         if named is not None:
-            fetch_published(named, classes, vocabulary, yes=yes)
+            fetch_published(named, classes, yes=yes)
         from proxydet.serve.app import Served, ServingSettings, build_app
         from proxydet.serve.examples import packaged_examples, run_examples
 
@@ -210,38 +138,21 @@ def serve(
                 from proxydet.index.search import RegionIndex
 
                 assert index is not None
-                searched = RegionIndex(index)
-                chosen = chosen_vocabulary(
-                    searched,
-                    classes,
-                    vocabulary,
-                    names,
-                    base_above,
-                    background=background,
-                    yes=None,
-                )
-                hidden = background and background_classes(searched, background)
-                return Served(index=searched, vocabulary=chosen, background=hidden or None)
-            from proxydet.detector import open_named
+                served = Served(index=RegionIndex(index))
+            else:
+                from proxydet.detector import open_named
 
-            detector = tuned(
-                open_named(named, device=device),
-                tta=tta,
-                precision=precision,
-                rescore=rescore,
-                tiles=tiles,
-                tile_overlap=tile_overlap,
-                whole_image=whole_image,
-            )
-            chosen = chosen_vocabulary(
-                detector, classes, vocabulary, names, base_above, background=background, yes=None
-            )
-            # Images of a run's own data are shown to its user alone.
-            own = named.run if loopback_only and not allow_host else None
-            found = run_examples(own) if own else () if named.run else packaged_examples()
-            hidden = background and background_classes(detector, background)
-            return Served(
-                detector=detector, vocabulary=chosen, background=hidden or None, examples=found
+                # Images of a run's own data are shown to its user alone.
+                own = named.run if loopback_only and not allow_host else None
+                served = Served(
+                    detector=inference.apply(open_named(named, device=model.device)),
+                    examples=run_examples(own) if own else () if named.run else packaged_examples(),
+                )
+            hidden, asked = classes.background, served.classes
+            return replace(
+                served,
+                vocabulary=classes.open(asked, base_above=base_above, yes=None),
+                background=asked.background_of(read_background(hidden)) if hidden else None,
             )
 
         settings = ServingSettings(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from proxydet_cli.options import DryRun, Json, command_app, examples
+from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.runtime.report import Field
@@ -33,7 +34,6 @@ def setup(json: Json = False, dry_run: DryRun = False) -> None:
     """
     from proxydet.runtime.report import environment
     from proxydet.runtime.setup import set_up
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     progress = show_progress()

@@ -16,7 +16,7 @@ import typer
 
 from proxydet.errors import ConfigError, InputError, JobInterruptedError
 from proxydet.paths import runs_folder
-from proxydet_cli.options import DryRun, Json, command_app, examples
+from proxydet_cli.options import DryRun, Json, command_app, examples, general, panel
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
@@ -29,310 +29,137 @@ if TYPE_CHECKING:
 
 app = command_app()
 
-Backbone = Annotated[
-    str | None,
-    typer.Option(
-        "--backbone",
-        metavar="r50|swinb",
-        help="The published recipe with this backbone (in place of --recipe).",
-        rich_help_panel="What to train",
-    ),
-]
-Recipe = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        metavar="NAME",
-        help="Any recipe: r50, swinb (each also with _without_image_labels and _fast), boxsup_r50, boxsup_swinb, quickstart, "
-        "small, tiny.",
-        rich_help_panel="What to train",
-    ),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", metavar="FILE", help="Dataset config (TOML).", rich_help_panel="What to train"
-    ),
-]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        "-c",
-        metavar="FILE",
-        help="YAML with all keys, or some; a run's repeats it.",
-        rich_help_panel="What to train",
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Set one key; can be given many times.",
-        rich_help_panel="What to train",
-    ),
-]
-RunFolderOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FOLDER",
-        help="The run folder. [default: runs/RECIPE; where that holds a run with other settings, runs/RECIPE-2 and so on]",
-        rich_help_panel="Run folder",
-    ),
-]
-ResumeOption = Annotated[
-    str,
-    typer.Option(
-        "--resume",
-        metavar="auto|never|FILE",
-        help="Resume from the newest checkpoint of the run folder, if any; start a new run; or resume from this checkpoint.",
-        rich_help_panel="Run folder",
-    ),
-]
-OverwriteOption = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite",
-        help="Start a new run (--resume never) and remove the one that the folder holds.",
-        rich_help_panel="Run folder",
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(
-        "--weights",
-        metavar="FILE",
-        help="Checkpoint whose weights a new run starts from (to continue a run: --resume).",
-        rich_help_panel="What to train",
-    ),
-]
-Finetune = Annotated[
-    str | None,
-    typer.Option(
-        "--finetune",
-        metavar="NAME|FOLDER|FILE",
-        help="Start from this detector, with its configuration, and train it on --data: a published model, a run folder or a "
-        "weight file (of --recipe).",
-        rich_help_panel="What to train",
-    ),
-]
-Epochs = Annotated[
-    float | None,
-    typer.Option(
-        "--epochs",
-        metavar="N",
-        help="Length by the number of training images. [default: as the recipe; with --finetune 12 to 100]",
-        rich_help_panel="What to train",
-    ),
-]
-KeepCheck = Annotated[
-    Path | None,
-    typer.Option(
-        "--keep-check",
-        metavar="FILE",
-        help="With --finetune: dataset config whose val images show what happens to classes that are not trained. [default: "
-        "that of the starting run]",
-        rich_help_panel="What to train",
-    ),
-]
-Gpus = Annotated[
-    int | None,
-    typer.Option(
-        "--gpus",
-        min=1,
-        help="Processes on each node. [default: one a GPU]",
-        rich_help_panel="Processes",
-    ),
-]
-Nodes = Annotated[
-    int | None,
-    typer.Option(
-        "--nodes",
-        min=1,
-        help="Nodes. [default: those that SLURM, Kubeflow or SkyPilot state, or 1]",
-        rich_help_panel="Processes",
-    ),
-]
-Rendezvous = Annotated[
-    str | None,
-    typer.Option(
-        "--rendezvous",
-        metavar="HOST:PORT",
-        help="Where several nodes meet. [default: as the cluster states]",
-        rich_help_panel="Processes",
-    ),
-]
-Restarts = Annotated[
-    int | None,
-    typer.Option(
-        "--max-restarts",
-        min=0,
-        help="How often processes are started again after a failure. [default: 3 on several nodes]",
-        rich_help_panel="Processes",
-    ),
-]
-Requeue = Annotated[
-    bool,
-    typer.Option(
-        "--requeue",
-        help="Put the SLURM job back into the queue when SIGUSR1 or SIGTERM stops it.",
-        rich_help_panel="Processes",
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device", metavar="auto|cuda|cpu", help="Where to compute.", rich_help_panel="Processes"
-    ),
-]
-Reference = Annotated[
-    Path | None,
-    typer.Option(
-        "--reference",
-        metavar="LOG",
-        help="A detectron2 log (log.txt or metrics.json): the run's losses are plotted next to its, of a finished run too.",
-        rich_help_panel="Run folder",
-    ),
-]
-ShowConfig = Annotated[
-    bool,
-    typer.Option(
-        "--show-config",
-        help="Write the resolved configuration and do nothing.",
-        rich_help_panel="General options",
-    ),
-]
-
-
-@app.command(
-    epilog=examples(
-        "proxydet train --backbone r50",
-        "proxydet train --backbone swinb --gpus 4 --dry-run",
-        "proxydet train --recipe small --data pets.toml --output runs/pets",
-        "proxydet train --finetune proxydet-r50-inl --data pets.toml",
-        "proxydet train --config runs/pets/config.yaml --set seed=8 --output runs/pets-8",
-        "proxydet train --backbone r50 --reference models/proxydet_r50_w_inl_log.txt",
-        "srun --ntasks-per-node=1 proxydet train --backbone r50 --requeue",
-    )
-)
-def train(
-    backbone: Backbone = None,
-    recipe: Recipe = None,
-    data: Data = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    output: RunFolderOption = None,
-    resume: ResumeOption = "auto",
-    overwrite: OverwriteOption = False,
-    weights: Weights = None,
-    finetune: Finetune = None,
-    epochs: Epochs = None,
-    keep_check: KeepCheck = None,
-    device: Device = None,
-    gpus: Gpus = None,
-    nodes: Nodes = None,
-    rendezvous: Rendezvous = None,
-    max_restarts: Restarts = None,
-    requeue: Requeue = False,
-    reference: Reference = None,
-    dry_run: DryRun = False,
-    show_config: ShowConfig = False,
-    json: Json = False,
-) -> None:
-    """Train a detector.
-
-    The same command starts a run and resumes it, on any number of processes. Ctrl-C writes a checkpoint first. With --dry-run,
-    the exit code is 3 where training could not start.
-    """
-    if backbone is not None and recipe is not None:
-        raise typer.BadParameter("give either --backbone or --recipe, not both")
-    if finetune is not None and data is None:
-        raise typer.BadParameter("--finetune needs the new data: --data FILE")
-    if finetune is not None and weights is not None:
-        raise typer.BadParameter("--finetune names the starting weights: leave --weights out")
-    if finetune is None and keep_check is not None:
-        raise typer.BadParameter("--keep-check belongs to --finetune")
-    if epochs is not None and data is None and config is None:
-        raise typer.BadParameter("--epochs counts the images of --data: give it too")
-    if overwrite and resume.lower() not in ("auto", "never"):
-        raise typer.BadParameter(
-            "--overwrite starts a new run: it cannot be combined with --resume FILE"
-        )
-    if reference is not None:
-        from proxydet.visualization.reference import read_reference
-
-        read_reference(reference)  # refused before anything is loaded or trained
-    options = TrainOptions(
-        recipe=recipe or backbone,
-        data=data,
-        config=config,
-        overrides=tuple(overrides or ()),
-        output=output,
-        resume="never" if overwrite else resume,
-        overwrite=overwrite,
-        weights=weights,
-        finetune=finetune,
-        epochs=epochs,
-        keep_check=keep_check,
-        device=device,
-        reference=reference,
-    )
-    # What is misspelt is refused before torch is loaded.
-    resolved, reasons = options.resolve()
-    if show_config:
-        from proxydet.config import dump_yaml, to_mapping
-
-        Output(json=json).data(to_mapping(resolved), dump_yaml(resolved).rstrip())
-        return
-    if not dry_run:  # which lists what is missing
-        options.check(resolved)
-    # Read when torch is loaded: its C++ code reports lost connections with stack traces; our errors report them.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    import torch
-
-    from proxydet.training.distributed import launched_rank
-    from proxydet.training.launch import LAUNCHER, plan_launch
-
-    on_cpu = resolved.training.device == "cpu" or not torch.cuda.is_available()
-    plan = plan_launch(
-        gpus=gpus,
-        nodes=nodes,
-        rendezvous=rendezvous,
-        max_restarts=max_restarts,
-        available=1 if on_cpu else torch.cuda.device_count(),
-    )
-    if reasons and LAUNCHER not in os.environ and not (plan.started and launched_rank() > 0):
-        Output(json=json).message(_chosen(reasons))
-    if dry_run:
-        _show_plan(options, resolved, plan, json=json)
-    else:
-        _run(options, resolved, plan, requeue=requeue, json=json)
+_what, _folder, _processes = panel("What to train"), panel("Run folder"), panel("Processes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """What to train; every process of a run gets the same."""
 
-    recipe: str | None
-    data: Path | None
-    config: Path | None
-    overrides: tuple[str, ...]
-    output: Path | None
-    resume: str
-    overwrite: bool
-    weights: Path | None
-    device: str | None
-    reference: Path | None
-    finetune: str | None = None
-    epochs: float | None = None
-    keep_check: Path | None = None
+    backbone: Annotated[
+        str | None,
+        _what(
+            "--backbone",
+            metavar="r50|swinb",
+            help="The published recipe with this backbone (in place of --recipe).",
+        ),
+    ] = None
+    recipe: Annotated[
+        str | None,
+        _what(
+            "--recipe",
+            metavar="NAME",
+            help="Any recipe: r50, swinb (each also with _without_image_labels and _fast), boxsup_r50, boxsup_swinb, quickstart, "
+            "small, tiny.",
+        ),
+    ] = None
+    data: Annotated[Path | None, _what("--data", metavar="FILE", help="Dataset config (TOML).")] = (
+        None
+    )
+    config: Annotated[
+        Path | None,
+        _what(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="YAML with all keys, or some; a run's repeats it.",
+        ),
+    ] = None
+    overrides: Annotated[
+        list[str] | None,
+        _what("--set", metavar="KEY=VALUE", help="Set one key; can be given many times."),
+    ] = None
+    output: Annotated[
+        Path | None,
+        _folder(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="The run folder. [default: runs/RECIPE; where that holds a run with other settings, runs/RECIPE-2 and so on]",
+        ),
+    ] = None
+    resume: Annotated[
+        str,
+        _folder(
+            "--resume",
+            metavar="auto|never|FILE",
+            help="Resume from the newest checkpoint of the run folder, if any; start a new run; or resume from this checkpoint.",
+        ),
+    ] = "auto"
+    overwrite: Annotated[
+        bool,
+        _folder(
+            "--overwrite",
+            help="Start a new run (--resume never) and remove the one that the folder holds.",
+        ),
+    ] = False
+    weights: Annotated[
+        Path | None,
+        _what(
+            "--weights",
+            metavar="FILE",
+            help="Checkpoint whose weights a new run starts from (to continue a run: --resume).",
+        ),
+    ] = None
+    finetune: Annotated[
+        str | None,
+        _what(
+            "--finetune",
+            metavar="NAME|FOLDER|FILE",
+            help="Start from this detector, with its configuration, and train it on --data: a published model, a run folder or a "
+            "weight file (of --recipe).",
+        ),
+    ] = None
+    epochs: Annotated[
+        float | None,
+        _what(
+            "--epochs",
+            metavar="N",
+            help="Length by the number of training images. [default: as the recipe; with --finetune 12 to 100]",
+        ),
+    ] = None
+    keep_check: Annotated[
+        Path | None,
+        _what(
+            "--keep-check",
+            metavar="FILE",
+            help="With --finetune: dataset config whose val images show what happens to classes that are not trained. [default: "
+            "that of the starting run]",
+        ),
+    ] = None
+    device: Annotated[
+        str | None, _processes("--device", metavar="auto|cuda|cpu", help="Where to compute.")
+    ] = None
+    reference: Annotated[
+        Path | None,
+        _folder(
+            "--reference",
+            metavar="LOG",
+            help="A detectron2 log (log.txt or metrics.json): the run's losses are plotted next to its, of a finished run too.",
+        ),
+    ] = None
+
+    def check_choice(self) -> None:
+        """Refuse options that contradict each other."""
+        if self.backbone is not None and self.recipe is not None:
+            raise typer.BadParameter("give either --backbone or --recipe, not both")
+        if self.finetune is not None and self.data is None:
+            raise typer.BadParameter("--finetune needs the new data: --data FILE")
+        if self.finetune is not None and self.weights is not None:
+            raise typer.BadParameter("--finetune names the starting weights: leave --weights out")
+        if self.finetune is None and self.keep_check is not None:
+            raise typer.BadParameter("--keep-check belongs to --finetune")
+        if self.epochs is not None and self.data is None and self.config is None:
+            raise typer.BadParameter("--epochs counts the images of --data: give it too")
+        if self.overwrite and self.resume.lower() not in ("auto", "never"):
+            raise typer.BadParameter(
+                "--overwrite starts a new run: it cannot be combined with --resume FILE"
+            )
 
     def words(self) -> list[str]:
         """Return the options as words of a command line."""
         given = {
+            "--backbone": self.backbone,
             "--recipe": self.recipe,
             "--data": self.data,
             "--config": self.config,
@@ -347,7 +174,7 @@ class TrainOptions:
         }
         words = [word for key, value in given.items() if value for word in (key, str(value))]
         words += ["--overwrite"] if self.overwrite else []
-        return words + [word for item in self.overrides for word in ("--set", item)]
+        return words + [word for item in self.overrides or () for word in ("--set", item)]
 
     def resolve(self) -> tuple[RunConfig, tuple[Reason, ...]]:
         """Put the configuration together; options win over ``--set``, that over the file, that over the recipe.
@@ -360,7 +187,8 @@ class TrainOptions:
         from proxydet.models import find_detector
         from proxydet.recipes import absolute_paths, resolve_config
 
-        overrides = list(self.overrides)
+        overrides = list(self.overrides or ())
+        recipe = self.recipe or self.backbone
         finetuned = self.finetune is not None
         for key, value in (
             ("data.description", None if finetuned else self.data),
@@ -378,12 +206,12 @@ class TrainOptions:
             return finetune_config(
                 start,
                 self.data,
-                recipe=self.recipe,
+                recipe=recipe,
                 overrides=overrides,
                 epochs=self.epochs,
                 keep_check=self.keep_check,
             )
-        config = absolute_paths(resolve_config(self.recipe, self.config, overrides))
+        config = absolute_paths(resolve_config(recipe, self.config, overrides))
         return with_epochs(config, self.epochs) if self.epochs is not None else (config, ())
 
     def check(self, config: RunConfig) -> None:
@@ -443,9 +271,106 @@ class TrainOptions:
         """Return what to do with checkpoints that are there."""
         from proxydet.training.runfolder import after_restart
 
-        if self.resume.lower() in ("auto", "never"):
-            return after_restart(cast("Resume", self.resume.lower()))
+        resume = "never" if self.overwrite else self.resume.lower()
+        if resume in ("auto", "never"):
+            return after_restart(cast("Resume", resume))
         return Path(self.resume).absolute()
+
+
+@app.command(
+    epilog=examples(
+        "proxydet train --backbone r50",
+        "proxydet train --backbone swinb --gpus 4 --dry-run",
+        "proxydet train --recipe small --data pets.toml --output runs/pets",
+        "proxydet train --finetune proxydet-r50-inl --data pets.toml",
+        "proxydet train --config runs/pets/config.yaml --set seed=8 --output runs/pets-8",
+        "proxydet train --backbone r50 --reference models/proxydet_r50_w_inl_log.txt",
+        "srun --ntasks-per-node=1 proxydet train --backbone r50 --requeue",
+    )
+)
+def train(
+    options: TrainOptions,
+    *,
+    gpus: Annotated[
+        int | None, _processes("--gpus", min=1, help="Processes on each node. [default: one a GPU]")
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        _processes(
+            "--nodes",
+            min=1,
+            help="Nodes. [default: those that SLURM, Kubeflow or SkyPilot state, or 1]",
+        ),
+    ] = None,
+    rendezvous: Annotated[
+        str | None,
+        _processes(
+            "--rendezvous",
+            metavar="HOST:PORT",
+            help="Where several nodes meet. [default: as the cluster states]",
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int | None,
+        _processes(
+            "--max-restarts",
+            min=0,
+            help="How often processes are started again after a failure. [default: 3 on several nodes]",
+        ),
+    ] = None,
+    requeue: Annotated[
+        bool,
+        _processes(
+            "--requeue",
+            help="Put the SLURM job back into the queue when SIGUSR1 or SIGTERM stops it.",
+        ),
+    ] = False,
+    dry_run: DryRun = False,
+    show_config: Annotated[
+        bool, general("--show-config", help="Write the resolved configuration and do nothing.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train a detector.
+
+    The same command starts a run and resumes it, on any number of processes. Ctrl-C writes a checkpoint first. With --dry-run,
+    the exit code is 3 where training could not start.
+    """
+    options.check_choice()
+    if options.reference is not None:
+        from proxydet.visualization.reference import read_reference
+
+        read_reference(options.reference)  # refused before anything is loaded or trained
+    # What is misspelt is refused before torch is loaded.
+    resolved, reasons = options.resolve()
+    if show_config:
+        from proxydet.config import dump_yaml, to_mapping
+
+        Output(json=json).data(to_mapping(resolved), dump_yaml(resolved).rstrip())
+        return
+    if not dry_run:  # which lists what is missing
+        options.check(resolved)
+    # Read when torch is loaded: its C++ code reports lost connections with stack traces; our errors report them.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    import torch
+
+    from proxydet.training.distributed import launched_rank
+    from proxydet.training.launch import LAUNCHER, plan_launch
+
+    on_cpu = resolved.training.device == "cpu" or not torch.cuda.is_available()
+    plan = plan_launch(
+        gpus=gpus,
+        nodes=nodes,
+        rendezvous=rendezvous,
+        max_restarts=max_restarts,
+        available=1 if on_cpu else torch.cuda.device_count(),
+    )
+    if reasons and LAUNCHER not in os.environ and not (plan.started and launched_rank() > 0):
+        Output(json=json).message(_chosen(reasons))
+    if dry_run:
+        _show_plan(options, resolved, plan, json=json)
+    else:
+        _run(options, resolved, plan, requeue=requeue, json=json)
 
 
 def _show_plan(options: TrainOptions, config: RunConfig, plan: LaunchPlan, *, json: bool) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxydet_cli.options import Json, command_app, examples
+from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.runtime.determinism import DeterminismReport, ModeResult
@@ -51,7 +52,6 @@ def determinism(
     from proxydet.recipes import resolve_config
     from proxydet.runtime.determinism import verify_determinism
     from proxydet.runtime.modes import MODES
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     unknown = sorted(set(mode or ()) - set(MODES))

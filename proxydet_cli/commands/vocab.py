@@ -9,24 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxydet_cli.opening import check_choice, chosen_vocabulary, confirm_names, open_detector
-from proxydet_cli.options import (
+from proxydet_cli.opening import (
     Background,
     Classes,
-    Device,
-    Json,
-    ModelConfig,
-    Run,
-    Weights,
-    Yes,
-    command_app,
-    examples,
+    ClassOptions,
+    DetectorOptions,
+    NamedOptions,
+    confirm_names,
+    open_detector,
 )
+from proxydet_cli.options import Json, Yes, command_app, examples, given_options, panel
+from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.vocabulary.comparison import VocabularyReport
     from proxydet.vocabulary.vocabulary import TextEncoder, Vocabulary
-    from proxydet_cli.output import Output
 
 app = command_app("Make, mix and inspect vocabularies: class names with their text embeddings.")
 
@@ -53,52 +50,11 @@ Prompts = Annotated[
         help="published (a {}), photo, ensemble, or a sentence with {} for the name.",
     ),
 ]
-Exemplars = Annotated[
+NamesFile = Annotated[
     Path | None,
-    typer.Option(
-        "--exemplars",
-        metavar="FOLDER|FILE",
-        help="What the classes look like: a folder with one subfolder of crops for each class, or annotated images (any format "
-        "of proxydet data, or a dataset config). A few of each class will do.",
-        rich_help_panel="Exemplars",
-    ),
+    typer.Option("--names", metavar="FILE", help="Class names of a .npy table, one a row."),
 ]
-Fuse = Annotated[
-    bool,
-    typer.Option(
-        "--fuse",
-        help="Make each class of its exemplars and of its name.",
-        rich_help_panel="Exemplars",
-    ),
-]
-Split = Annotated[
-    str | None,
-    typer.Option(
-        "--split",
-        metavar="train|val|test",
-        help="Part of annotated exemplars. [default: the first that there is]",
-        rich_help_panel="Exemplars",
-    ),
-]
-Most = Annotated[
-    int,
-    typer.Option(
-        "--most",
-        min=1,
-        help="Exemplars of a class that are used, chosen at random.",
-        rich_help_panel="Exemplars",
-    ),
-]
-Statistics = Annotated[
-    Path | None,
-    typer.Option(
-        "--statistics",
-        metavar="IMAGES",
-        help="Images, best annotated ones, that show how the detector sees its training classes; computed once and stored. "
-        "[default: the stored ones, the run's training images, else the exemplars' own]",
-        rich_help_panel="Exemplars",
-    ),
-]
+_exemplars = panel("Exemplars")
 
 
 @app.command(
@@ -112,6 +68,7 @@ Statistics = Annotated[
     )
 )
 def build(
+    context: typer.Context,
     output: OutputFile,
     names: Annotated[
         Path | None,
@@ -122,6 +79,7 @@ def build(
             show_default=False,
         ),
     ] = None,
+    *,
     encoder: EncoderFile = None,
     model: ModelName = "ViT-B-32-quickgelu",
     prompts: Prompts = "published",
@@ -149,15 +107,40 @@ def build(
             help="YAML or JSON tree of classes, or COCO's categories: adds sentences that say what a class is a kind of.",
         ),
     ] = None,
-    exemplars: Exemplars = None,
-    fuse: Fuse = False,
-    split: Split = None,
-    most: Most = 100,
-    statistics: Statistics = None,
-    run: Run = None,
-    weights: Weights = None,
-    config: ModelConfig = None,
-    device: Device = "auto",
+    exemplars: Annotated[
+        Path | None,
+        _exemplars(
+            "--exemplars",
+            metavar="FOLDER|FILE",
+            help="What the classes look like: a folder with one subfolder of crops for each class, or annotated images (any format "
+            "of proxydet data, or a dataset config). A few of each class will do.",
+        ),
+    ] = None,
+    fuse: Annotated[
+        bool, _exemplars("--fuse", help="Make each class of its exemplars and of its name.")
+    ] = False,
+    split: Annotated[
+        str | None,
+        _exemplars(
+            "--split",
+            metavar="train|val|test",
+            help="Part of annotated exemplars. [default: the first that there is]",
+        ),
+    ] = None,
+    most: Annotated[
+        int,
+        _exemplars("--most", min=1, help="Exemplars of a class that are used, chosen at random."),
+    ] = 100,
+    statistics: Annotated[
+        Path | None,
+        _exemplars(
+            "--statistics",
+            metavar="IMAGES",
+            help="Images, best annotated ones, that show how the detector sees its training classes; computed once and stored. "
+            "[default: the stored ones, the run's training images, else the exemplars' own]",
+        ),
+    ] = None,
+    detector_options: DetectorOptions,
     yes: Yes = False,
     json: Json = False,
 ) -> None:
@@ -166,7 +149,6 @@ def build(
     Embeddings of names are kept in a cache by content: what was embedded once is not computed again. Exemplars are embedded by the
     detector that will look for them.
     """
-    from proxydet.models import find_detector
     from proxydet.vocabulary.descriptions import (
         describe,
         describe_coverage,
@@ -178,20 +160,13 @@ def build(
     from proxydet.vocabulary.names import ClassWords, read_names
     from proxydet.vocabulary.sources import complete_vocabulary
     from proxydet.vocabulary.vocabulary import build_vocabulary
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     _check_output(output)
-    for option, given in {
-        "--fuse": fuse,
-        "--split": split,
-        "--statistics": statistics,
-        "--run": run,
-        "--weights": weights,
-        "--config": config,
-    }.items():
-        if given and exemplars is None:
-            raise typer.BadParameter(f"{option} belongs to --exemplars")
+    if exemplars is None and (
+        given := given_options(context, "fuse", "split", "most", "statistics", NamedOptions)
+    ):
+        raise typer.BadParameter(f"{given[0]} belongs to --exemplars")
     out = Output(json=json)
     notes: list[str] = []
     described = read_descriptions(descriptions) if descriptions is not None else ()
@@ -223,8 +198,7 @@ def build(
 
         progress = show_progress()
         shown = find_exemplars(exemplars, split=split, most=most, progress=progress)
-        named = find_detector(run=run, weights=weights, config=config)
-        detector = open_detector(named, None, None, device=device, yes=yes)
+        detector = open_detector(detector_options.find(), device=detector_options.device, yes=yes)
         measured = region_statistics(detector, statistics, otherwise=shown, progress=progress)
         said = {entry.name: entry for entry in classes}
 
@@ -311,10 +285,7 @@ def mix(
             help="Leave classes out whose cosine with an earlier one is above this: near-duplicates.",
         ),
     ] = None,
-    names: Annotated[
-        Path | None,
-        typer.Option("--names", metavar="FILE", help="Class names of the .npy tables, one a row."),
-    ] = None,
+    names: NamesFile = None,
     encoder: EncoderFile = None,
     yes: Yes = False,
     json: Json = False,
@@ -325,7 +296,6 @@ def mix(
     """
     from proxydet.vocabulary.sources import mix as mix_tables
     from proxydet_cli.commands.download import with_downloads
-    from proxydet_cli.output import Output
 
     _check_output(output)
     if weights is not None:
@@ -378,6 +348,7 @@ def calibrate(
         ),
     ],
     output: OutputFile,
+    *,
     vocabulary: Annotated[
         str | None,
         typer.Argument(
@@ -417,10 +388,7 @@ def calibrate(
             "--score-threshold", min=0.0, max=1.0, help="The general threshold to compare with."
         ),
     ] = 0.3,
-    run: Run = None,
-    weights: Weights = None,
-    config: ModelConfig = None,
-    device: Device = "auto",
+    model: DetectorOptions,
     yes: Yes = False,
     json: Json = False,
 ) -> None:
@@ -431,29 +399,26 @@ def calibrate(
     """
     from proxydet.data.sources import open_config
     from proxydet.evaluation.split import DescribedSplit
-    from proxydet.models import find_detector
     from proxydet.vocabulary.names import quote_names
-    from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     _check_output(output)
-    check_choice(classes, vocabulary, None, background)
+    asked = ClassOptions(classes=classes, vocabulary=vocabulary, background=background)
+    asked.check()
     if precision is not None and keep is not None:
         raise typer.BadParameter("give either --precision or --keep")
     described = open_config(data)
     parts = [part for part in ("val", "test", "train") if getattr(described, part) is not None]
     chosen = split or ("val" if "val" in parts or len(parts) != 1 else parts[0])
     described.split(chosen)
-    named = find_detector(run=run, weights=weights, config=config)
-    detector = open_detector(named, classes, vocabulary, device=device, yes=yes)
+    detector = open_detector(model.find(), asked, device=model.device, yes=yes)
     from proxydet.evaluation.analysis import operating_rows
     from proxydet.evaluation.scorers import calibrate_vocabulary
 
-    asked = chosen_vocabulary(detector, classes, vocabulary, None, background=background, yes=yes)
-    asked = detector.with_base(asked)  # as predict will
+    wanted = detector.with_base(asked.open(detector, yes=yes))  # as predict will
     progress = show_progress()
     report = calibrate_vocabulary(
-        detector, DescribedSplit.open(described, chosen, progress=progress), asked,
+        detector, DescribedSplit.open(described, chosen, progress=progress), wanted,
         precision=precision, keep=keep, score_threshold=score_threshold, progress=progress,
     )  # fmt: skip
     report.vocabulary.save(output)
@@ -521,17 +486,13 @@ def show(
         typer.Option("--run", metavar="FOLDER", help="Take the training vocabulary of a run."),
     ] = None,
     threshold: Annotated[
-        float,
-        typer.Option(min=-1.0, max=1.0, help="Cosine above which a class counts as base."),
+        float, typer.Option(min=-1.0, max=1.0, help="Cosine above which a class counts as base.")
     ] = 0.9,
     neighbours: Annotated[int, typer.Option(min=1, help="Training classes to name for each.")] = 3,
     alike_above: Annotated[
         float, typer.Option(min=-1.0, max=1.0, help="Report pairs of classes more alike than this.")
     ] = 0.95,
-    names: Annotated[
-        Path | None,
-        typer.Option("--names", metavar="FILE", help="Class names of a .npy table, one a row."),
-    ] = None,
+    names: NamesFile = None,
     encoder: EncoderFile = None,
     json: Json = False,
 ) -> None:
@@ -540,7 +501,6 @@ def show(
     from proxydet.vocabulary.comparison import compare
     from proxydet.vocabulary.sources import check_source
     from proxydet.vocabulary.vocabulary import Vocabulary, names_too_long
-    from proxydet_cli.output import Output
 
     if run is not None and against is not None:
         raise typer.BadParameter("give either --against or --run")

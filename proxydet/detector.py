@@ -601,7 +601,7 @@ class Detector(TrainedClasses):
         steps_BRSD = torch.stack(regions.detection, dim=2).float().cpu().numpy()
         if not np.isfinite(steps_BRSD).all():
             raise NumericsError(
-                "the box heads gave values that are not finite",
+                "the box heads returned values that are not finite",
                 hint="the weights are damaged, or half precision is too narrow for them: use float32",
             )
         return [own_RSD[: len(own)] for own_RSD, own in zip(steps_BRSD, scaled, strict=True)]

@@ -277,7 +277,7 @@ def _without_choices_of_others(config: RunConfig, repository: str, folder: Path)
     """Return the configuration of a repository without its code for training, its loggers and its paths."""
     if config.losses.criterion is not None:
         logger.warning(
-            "%s was trained with the criterion %s, which is not imported on the word of a downloaded file: the published one is used",
+            "%s was trained with the criterion %s, which is not imported because a downloaded file names it: the published one is used",
             repository,
             config.losses.criterion,
         )

@@ -260,7 +260,9 @@ def _explained(error: Exception, name: str, done: str) -> ProxydetError:
             hint="unset HF_HUB_OFFLINE, or name a run folder or a weight file",
         )
     if status is not None and status < 500 and status not in (408, 429):
-        return ArtifactError(f"{what}: {where} answered {status}{said}", hint="try again later")
+        return ArtifactError(
+            f"{what}: {where} returned status {status}{said}", hint="try again later"
+        )
     if status is None and isinstance(error, OSError) and error.errno is not None:
         reason = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -271,7 +273,7 @@ def _explained(error: Exception, name: str, done: str) -> ProxydetError:
             return RuntimeEnvironmentError(
                 f"{what}: {reason}", hint="name a folder that can be written in HF_HOME"
             )
-    reason = f"answered {status}" if status is not None else _first_line(error)
+    reason = f"status {status}" if status is not None else _first_line(error)
     return TransferError(
         f"{what}: {where} cannot be used now ({reason}{said})",
         hint="check the network and run the same command again"

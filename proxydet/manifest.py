@@ -139,7 +139,7 @@ def _require_whole(mapping: Mapping[str, Any]) -> None:
     content = {key: value for key, value in mapping.items() if key != "sha256"}
     sealed = "sha256" in mapping or mapping.get("format") == FORMAT  # damage to either key is seen
     if sealed and mapping.get("sha256") != _digest(content):
-        raise InputError("the manifest is not what was written (SHA-256)", hint=_HINT)
+        raise InputError("SHA-256 mismatch: the manifest changed after it was written", hint=_HINT)
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -222,7 +222,7 @@ def read_run_records(run: Path) -> tuple[RunManifest, EnvironmentReport]:
     def report(content: Mapping[str, Any]) -> EnvironmentReport:
         if manifest.environment not in ("", _digest(content)):
             raise InputError(
-                f"it is not what was written next to {MANIFEST_NAME} (SHA-256)", hint=_HINT
+                f"SHA-256 mismatch: it changed after {MANIFEST_NAME} was written", hint=_HINT
             )
         return EnvironmentReport.from_dict(content)
 

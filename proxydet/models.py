@@ -167,7 +167,7 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
     if name in PUBLISHED_MODELS:
         if config is not None:
             raise ConfigError(
-                f"--config {config} belongs to a weight file, and {name} is a published model",
+                f"--config {config} is for a weight file, and {name} is a published model",
                 hint="give the file with --weights FILE, or leave --config out",
             )
         return NamedDetector(published=name)

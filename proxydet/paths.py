@@ -61,7 +61,7 @@ def cache_folder(kind: str) -> Path:
     except RuntimeError as error:
         if not os.environ.get("PROXYDET_CACHE"):
             raise RuntimeEnvironmentError(
-                "There is no home folder for the cache.",
+                "No home folder was found for the cache.",
                 hint="set PROXYDET_CACHE to a folder that can be written",
             ) from error
         user_cache = Path()

@@ -66,10 +66,10 @@ _HINT = (
     "give a checkpoint of proxydet train or a published one; copy or download a damaged one again"
 )
 _NOT_READ = "it is not what torch.save, pickle or safetensors write"
-_TOO_MANY = "its values are more, or larger, than those of any weight file"
+_TOO_MANY = "its values are too many or too large for a weight file"
 _NOT_DESCRIBED = "its tensors are not described as in a weight file"
 _STRUCTURED = "its arrays are of a type with a structure of its own, which is refused"
-_NOT_WRITTEN = "what it holds is not what was written (SHA-256)"
+_NOT_WRITTEN = "its content does not match its SHA-256: it changed after it was written"
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 _HEX = 64  # characters of a SHA-256
 # Room for what else a run writes between two checkpoints.
@@ -291,7 +291,7 @@ def _read_array(file: Any) -> npt.NDArray[Any]:
     if dtype.kind == "U":  # numpy makes a SystemError of what is not a character
         points = array.view(np.dtype("u4").newbyteorder(dtype.byteorder))
         if (points > sys.maxunicode).any():
-            raise ValueError("its text holds what is not a character")
+            raise ValueError("its text contains an invalid character")
     return np.asarray(array.reshape(shape, order="F" if fortran else "C"))
 
 
@@ -439,7 +439,7 @@ class _Source(ABC):
             while done < len(view):
                 count = file.readinto(view[done : done + _CHUNK])  # type: ignore[attr-defined]
                 if not count:
-                    raise ValueError("it is cut off")
+                    raise ValueError("it is truncated")
                 done += count
             if isinstance(file, zipfile.ZipExtFile):
                 file.read(1)  # CRC-32 is compared at the end
@@ -471,7 +471,7 @@ class _ZipSource(_Source):
             raise ValueError("its numbers are big-endian")
         entry = _entry(archive, indexes[0])
         if entry.file_size > _LARGEST_PICKLE:
-            raise ValueError("its index is larger than that of any checkpoint")
+            raise ValueError("its index is too large for a checkpoint")
         self.described = _unpickle(
             io.BytesIO(archive.read(entry)), entry.file_size, self.persistent
         )
@@ -526,7 +526,7 @@ class _StreamSource(_Source):
             self._places[str(key)] = place
             place += 8 + self.storages[str(key)].count * self.storages[str(key)].item
         if place != file.size:
-            raise ValueError("it is cut off, or has something appended")
+            raise ValueError("it is truncated, or has something appended")
 
     def opened(self, storage: _Storage) -> IO[bytes]:
         self._file.seek(self._places[storage.key])
@@ -657,7 +657,7 @@ def _build(file: IO[bytes], size: int, persistent: Callable[[Any], _Storage]) ->
             stack.append(stack[-1])
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"its pickle holds {name}")
-    raise ValueError("it has no end")
+    raise ValueError("it is truncated")
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
@@ -670,7 +670,7 @@ def _set_items(target: Any, items: list[Any]) -> None:
 
 def _allowed(module: Any, name: Any) -> _Global:
     if not all(isinstance(word, str) and len(word) <= _LONGEST_NAME for word in (module, name)):
-        raise ValueError("it names what is longer than any name")
+        raise ValueError("a name in it is too long")
     package = module.partition(".")[0]
     if package not in _PACKAGES or ("builtin" in package and name not in _BUILTINS):
         raise _NotAllowedError(ascii(f"{module}.{name}"[:100])[1:-1])
@@ -751,7 +751,7 @@ class _Calls:
         if len(shape) > _MOST_DIMENSIONS or not all(map(_is_count, shape)):
             raise ValueError("its arrays are not described as in a weight file")
         if math.prod(shape) * kind.itemsize != len(data):
-            raise ValueError("its arrays have another size than their numbers")
+            raise ValueError("the size of its arrays does not match their data")
         values = np.frombuffer(data, kind).reshape(shape, order="F" if fortran else "C")
         return np.array(values, dtype=kind.newbyteorder("="), order="C")
 
@@ -771,7 +771,7 @@ def _describe(storage: Any, offset: Any, shape: Any, stride: Any) -> _Described:
         raise ValueError(_NOT_DESCRIBED)
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if 0 not in shape and last >= storage.count:
-        raise ValueError("its tensors reach beyond their numbers")
+        raise ValueError("its tensors reach beyond their data")
     return _Described(storage, offset, tuple(shape), tuple(stride))
 
 
@@ -818,7 +818,7 @@ def _parameters(content: Any, path: Path, parts: tuple[str, ...] = ("",)) -> lis
             length = len(prefix) + (len(key) if isinstance(key, str | bytes) else 0)
             left -= length
             if length > _LONGEST_NAME or left < 0:
-                raise ValueError("its names are longer than those of any weight file")
+                raise ValueError("its names are too long for a weight file")
             if isinstance(item, dict):
                 flatten(item, f"{prefix}{key}.")
             elif isinstance(key, str) and hasattr(item, "shape"):

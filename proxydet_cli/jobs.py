@@ -118,9 +118,7 @@ class JobOptions:
                 hint="run on videos by themselves: proxydet predict VIDEO --save images,json",
             )
         if self.workers is not None and self.gpus is not None:
-            raise ConfigError(
-                "--workers and --gpus both set how many processes run", hint="leave one out"
-            )
+            raise ConfigError("--workers cannot be combined with --gpus", hint="leave one out")
         check_folder(folder)
         if overwrite and self.shard is not None:
             raise ConfigError(

@@ -103,7 +103,7 @@ class ClassOptions:
         if self.vocabulary is not None:
             check_source(self.vocabulary)
         if self.names is not None and self.vocabulary is None:
-            raise typer.BadParameter("--names belongs to a .npy --vocabulary")
+            raise typer.BadParameter("--names requires a .npy --vocabulary")
         source = self.vocabulary
         named = source if source and is_vocabulary_file(source) else None
         if self.names is None and named is not None and named.endswith(".npy"):

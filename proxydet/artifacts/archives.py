@@ -171,7 +171,7 @@ class Tar:
             if (
                 self._last.count(0) != tarfile.BLOCKSIZE
             ):  # the library takes a damaged header for the end
-                raise ValueError(f"it breaks off, or is damaged, at byte {self._at}")
+                raise ValueError(f"it is truncated or damaged at byte {self._at}")
             self._headers = 0
             while self._take(_CHUNK):  # so that the check sum of the compression is checked
                 pass
@@ -182,7 +182,7 @@ class Tar:
             while self._left:
                 chunk = self._take(min(self._left, _CHUNK))
                 if not chunk:
-                    raise EOFError("it ends in the middle")
+                    raise EOFError("it is truncated")
                 self._left -= len(chunk)
                 yield chunk
 

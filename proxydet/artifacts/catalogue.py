@@ -101,7 +101,7 @@ class Content:
     def __post_init__(self) -> None:
         """A checkpoint is checked against some layout."""
         if (self.kind == "checkpoint") != (self.layout is not None):
-            raise ConfigError("layout belongs to kind = 'checkpoint', and is needed there.")
+            raise ConfigError("layout is required for kind = 'checkpoint', and for no other kind.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +216,7 @@ class Family(Entry):
         if [numbered, bool(self.values), self.values_from is not None].count(True) != 1:
             raise ConfigError("give either first and last, or values, or values_from.")
         if (self.first is None) != (self.last is None):
-            raise ConfigError("first and last belong together.")
+            raise ConfigError("first and last must be given together.")
         count = (self.last or 0) - (self.first or 0) + 1 if numbered else len(self._values())
         if not 0 < count <= _LARGEST_FAMILY:
             raise ConfigError(f"a family has 1 to {_LARGEST_FAMILY} members.")
@@ -309,7 +309,7 @@ class Catalogue:
             for name, title in (*named, *((name, g.title) for name, g in content.groups.items())):
                 if name in self.titles:
                     raise ConfigError(
-                        f"{where}: the name {name!r} is taken already.", hint="Choose another name."
+                        f"{where}: the name {name!r} is already used.", hint="Choose another name."
                     )
                 self.titles[name] = title
             self.artifacts.update((artifact.name, artifact) for artifact in content.artifacts)

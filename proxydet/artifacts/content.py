@@ -52,7 +52,7 @@ def check_content(artifact: Artifact, path: Path) -> str:
     if content is not None and not all(name.lower().endswith(_IMAGES) for name in names):
         raise ArchiveError(f"{path.name} should hold images and nothing else.", path=path)
     if not names:
-        raise ArchiveError(f"{path.name} holds no {what}.", path=path)
+        raise ArchiveError(f"{path.name} contains no {what}.", path=path)
     return f"{len(names)} {what}"
 
 

@@ -418,7 +418,7 @@ class Downloader:
             place.record_first(None)
             place.target.unlink(missing_ok=True)
             raise DigestError(
-                f"What {seen.address} served is not {artifact.name}: {error.message} It was thrown away.",
+                f"What {seen.address} served is not {artifact.name}: {error.message} It was deleted.",
                 hint="Try again later, or another source: proxydet download --mirror.",
                 path=place.target,
             ) from error

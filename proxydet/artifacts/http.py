@@ -357,8 +357,8 @@ class Client:
             try:
                 address = requests.utils.requote_uri(urljoin(address, location))
             except ValueError as error:
-                raise TransferError(f"{where} redirects to what is not an address.") from error
-        raise TransferError(f"{where} redirects without end.")
+                raise TransferError(f"{where} redirects to an invalid URL.") from error
+        raise TransferError(f"{where}: too many redirects.")
 
     def check(self, end: float, message: str) -> None:
         """Raise `StoppedError` where the job was stopped, and `RetryableError` after ``end``."""
@@ -461,18 +461,22 @@ class Response:
         range_text = headers.get("Content-Range", "").strip()
         if status == 416:
             match = re.fullmatch(r"bytes \*/(\d{1,18})", range_text)
-            raise RangeError(f"{where} has no such bytes.", int(match[1]) if match else None)
+            raise RangeError(
+                f"{where} does not have the requested bytes.", int(match[1]) if match else None
+            )
         if status in _PASSING:
-            raise RetryableError(f"{where} answered {status}.", retry_after=_retry_after(headers))
+            raise RetryableError(
+                f"{where} returned status {status}.", retry_after=_retry_after(headers)
+            )
         if status in (404, 410):
             raise NotFoundError(f"{where} does not exist (status {status}).")
         if status in (401, 403, 407):
             raise TransferError(
-                f"{where} refuses access (status {status}).",
+                f"{where}: access denied (status {status}).",
                 hint="The source may want an account: name a cookies.txt file in PROXYDET_COOKIES, or add the host to ~/.netrc.",
             )
         if status not in (200, 206):
-            raise TransferError(f"{where} answered {status}, not with the file.")
+            raise TransferError(f"{where} returned status {status} instead of the file.")
         self.partial = status == 206
         self.chunked = "chunked" in headers.get("Transfer-Encoding", "").lower()
         self.first, self.length = 0, None if self.chunked else _length(headers)
@@ -480,15 +484,17 @@ class Response:
         if self.partial:
             match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", range_text)
             if match is None:
-                raise RangeError(f"{where} sends a part of the file without saying which.")
+                raise RangeError(f"{where} sends a partial response without Content-Range.")
             self.first, last = int(match[1]), int(match[2])
             self.total = None if match[3] == "*" else int(match[3])
             announced, self.length = self.length, last - self.first + 1
             beyond = self.total is not None and last >= self.total
             if self.length < 1 or announced not in (None, self.length) or beyond:
-                raise RangeError(f"{where} sends a part of the file with contradictory lengths.")
+                raise RangeError(
+                    f"{where} sends a partial response whose lengths contradict each other."
+                )
         if (self.total or 0) > _LARGEST_FILE:
-            raise TransferError(f"{where} announces {self.total} bytes, which cannot be true.")
+            raise TransferError(f"{where} announces an invalid size: {self.total} bytes.")
         etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
         self.etag = etag if re.fullmatch(r'(W/)?"[\x21\x23-\x7e\x80-\xff]{0,500}"', etag) else None
         dated = modified if re.fullmatch(r"[\x20-\x7e]{1,100}", modified) else None

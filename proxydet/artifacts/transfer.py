@@ -517,7 +517,7 @@ class Transfer:
         page, where = _read_page(response), response.address
         if host_of(where) not in _DRIVE_HOSTS:
             raise TransferError(
-                f"{shown(where)} sent a web page in place of the file.",
+                f"{shown(where)} sent a web page instead of the file.",
                 hint="A proxy or a sign-in page may stand in between: open the address in a browser.",
             )
         response = ask(_drive_address(page, where))
@@ -539,12 +539,14 @@ class Transfer:
                 hint=_REPLACED,
             )
         if self._sha256 is None and response.encoded:
-            raise TransferError(f"{where} compressed the file on the way, unasked.")
+            raise TransferError(
+                f"{where} compressed the file although no compression was requested."
+            )
         if self._sha256 is None and response.length is None and not response.chunked:
             raise TransferError(
-                f"{where} does not say how long the file is: a transfer that breaks off could not be recognised."
+                f"{where} does not send the file's size: an incomplete transfer could not be detected."
             )
-        elsewhere = RangeError(f"{where} sent another part than was asked for.")
+        elsewhere = RangeError(f"{where} sent other bytes than were requested.")
         if piece_end is not None:
             same = response.validator == record.validator and response.total in (None, record.total)
             fits = response.first == first and first + (response.length or 0) <= piece_end
@@ -628,11 +630,11 @@ class Transfer:
         record, digest, holds = part.record, part.digest(), None
         try:
             if record.stored == 0 and self._sha256 is None:
-                raise DigestError(f"{source} served an empty file in place of {name}.")
+                raise DigestError(f"{source} sent an empty file instead of {name}.")
             if self._sha256 not in (None, digest):
                 raise DigestError(
-                    f"{source} served other bytes than {name} should be: expected sha256 {self._sha256}, got {digest} "
-                    f"({record.stored} bytes). They were thrown away."
+                    f"{source} sent a file that is not {name}: expected SHA-256 {self._sha256}, got {digest} "
+                    f"({record.stored} bytes). It was deleted."
                 )
             if self._sha256 is None:
                 holds = check_content(self._artifact, part.path) or None
@@ -701,6 +703,6 @@ def _drive_error(page: str) -> TransferError:
             hint="Fetch it in a browser, or name a cookies.txt file of your browser in PROXYDET_COOKIES.",
         )
     return TransferError(
-        "Google Drive sent a page in place of the file.",
+        "Google Drive sent a web page instead of the file.",
         hint="Fetch the file in a browser and put it in its place by hand.",
     )

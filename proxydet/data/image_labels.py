@@ -441,7 +441,7 @@ def _member(file: _TarFile, offset: int, size: int) -> bytes:
     data = os.pread(file.fileno(), size, offset)
     if len(data) != size:
         raise DataError(
-            "the tar ends in the middle of the image; it changed since it was indexed",
+            "the tar is truncated here; it changed since it was indexed",
             hint="run the same command again: the tar is indexed again",
         )
     if not data.startswith(_GZIP_MAGIC):

@@ -103,7 +103,7 @@ def tar_members(file: IO[bytes], length: int) -> Iterator[tarfile.TarInfo]:
                 raise tarfile.ReadError(f"the size of {member.name} is negative")
             plain = member.isreg() and member.sparse is None
             if plain and member.offset_data + member.size > length:
-                raise tarfile.ReadError(f"it ends in the middle of {member.name}")
+                raise tarfile.ReadError(f"it is truncated in {member.name}")
             yield member
         # tarfile takes any rubbish after the last member for the end.
         file.seek(tar.offset)

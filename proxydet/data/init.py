@@ -116,7 +116,7 @@ def init_dataset(
     for target in (output, embeddings):
         if os.path.lexists(target) and not overwrite:
             raise ConfigError(
-                f"{target} is there already",
+                f"{target} already exists",
                 hint="give another file with --output, or replace it: --overwrite",
                 path=target,
             )

@@ -677,7 +677,7 @@ class TrainingLoader:
                 text = str(error)
                 if "timed out" in text:
                     raise RuntimeEnvironmentError(
-                        f"the data workers delivered nothing for {config.worker_timeout_s:g} s",
+                        f"the data workers returned nothing for {config.worker_timeout_s:g} s",
                         hint="look for a file system that hangs; wait longer with data.worker_timeout_s",
                     ) from error
                 if "exited unexpectedly" in text or "is killed" in text:

@@ -243,7 +243,7 @@ def differences(first: Resamples, second: Resamples, confidence: float) -> tuple
         confidence: Of the intervals, as 0.95.
     """
     if first.names != second.names or first.resampled_RM.shape != second.resampled_RM.shape:
-        raise ValueError("the resamples are not pairs: other metrics, or another number")
+        raise ValueError("the resamples are not paired: the metrics or their number differ")
     values_M = second.values_M - first.values_M
     resampled_RM = second.resampled_RM - first.resampled_RM
     intervals = _intervals(first.names, values_M, resampled_RM, confidence, least=-1.0)

@@ -47,7 +47,7 @@ class EvaluationConfig:
     """OpenImages' class hierarchy (JSON); with it AP50 is also measured on detections expanded by it."""
 
     allow_outside: bool = False
-    """Accept boxes that reach out of their image by more than a pixel; they are scored as they are."""
+    """Accept boxes that reach out of their image by more than a pixel; they are scored as given."""
 
     allow_duplicates: bool = False
     """Accept results that hold every detection of every image more than once, as files that were joined twice do."""

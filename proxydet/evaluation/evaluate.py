@@ -238,7 +238,7 @@ def check_protocol(config: EvaluationConfig, truth: GroundTruth) -> None:
     """Raise ConfigError where a setting belongs to another protocol than that of the annotations."""
     if config.hierarchy is not None and truth.protocol != "openimages":
         raise ConfigError(
-            f"{truth.name} is scored by {truth.protocol.upper()}'s protocol, which has no use for a class hierarchy.",
+            f"{truth.name} is scored by {truth.protocol.upper()}'s protocol, which does not use a class hierarchy.",
             hint="leave --hierarchy out, or give OpenImages' annotations with --data",
         )
     if truth.protocol == "openimages" and "segm" in config.iou_types:

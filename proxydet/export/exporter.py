@@ -432,7 +432,7 @@ def _prove(
     for result in results:
         if not result.good:
             raise NumericsError(
-                f"the exported file finds something else than the detector on {result.image}: {result.matched} of "
+                f"the exported file and the detector disagree on {result.image}: {result.matched} of "
                 f"{result.detections} detections are the same; it was not kept",
                 hint="please report it together with the output of: proxydet env",
             )

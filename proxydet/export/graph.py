@@ -375,7 +375,7 @@ class DetectorGraph(nn.Module):
             - ``classes``: int64 (L,), rows of ``text``.
             - ``masks``: float32 (M, S, S), probabilities inside the boxes; absent where there are no masks.
             - ``mask_index``: int64 (L,), the mask of each detection, those of one box share a mask; absent likewise.
-            - ``finite``: bool (), False where the network gave values that are not finite: then nothing else counts.
+            - ``finite``: bool (), False where the network returned values that are not finite: then nothing else counts.
         """
         network = self.network
         height, width = image.shape[0], image.shape[1]

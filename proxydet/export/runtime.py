@@ -334,7 +334,8 @@ def check_finite(outputs: Outputs) -> None:
     """
     if not bool(outputs["finite"]):
         raise NumericsError(
-            "the network gave values that are not finite", hint="the exported weights are damaged"
+            "the network returned values that are not finite",
+            hint="the exported weights are damaged",
         )
 
 

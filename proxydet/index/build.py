@@ -128,7 +128,7 @@ def index_files(
         found = detector.embed(changed).cpu()
         if not all(bool(values.isfinite().all()) for values in (*found.detection, found.boxes_BR4)):
             raise NumericsError(
-                "the box heads gave values that are not finite",
+                "the box heads returned values that are not finite",
                 hint="the weights are damaged, or half precision is too narrow for them: use float32",
             )
         places = iter(range(len(changed)))

@@ -364,7 +364,7 @@ class RegionIndex(TrainedClasses):
             )
         try:
             if not file.stem.endswith(sha256(file)[:16]):
-                raise RuntimeError("it is not what was written (SHA-256)")
+                raise RuntimeError("SHA-256 mismatch: it changed after it was written")
             tree = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
         except (RuntimeError, OSError) as error:
             raise DataError(

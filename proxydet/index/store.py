@@ -319,7 +319,7 @@ class Part:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
-                f"{self.path} is not the part that the index names: {reason}",
+                f"{self.path} is not the part that the index lists: {reason}",
                 hint=_VERIFY,
                 path=self.path,
             ) from error
@@ -575,7 +575,7 @@ class StoredIndex:
             manifest = msgspec.convert(content, _Manifest)
             # What was not changed by anybody is equal to what is read of it.
             if manifest.digest() != manifest.sha256:
-                raise ValueError("it is not what was written (SHA-256)")
+                raise ValueError("SHA-256 mismatch: it changed after it was written")
             _ = manifest.detector.inference
         except (msgspec.ValidationError, ValueError, ConfigError) as error:
             raise DataError(f"{file} is damaged: {error}", hint=_VERIFY, path=file) from error
@@ -671,7 +671,10 @@ class StoredIndex:
                 continue
             try:
                 if digest != part.record.sha256:
-                    raise DataError(f"{part.path} is not what was written (SHA-256)", hint=_VERIFY)
+                    raise DataError(
+                        f"{part.path}: SHA-256 mismatch: it changed after it was written",
+                        hint=_VERIFY,
+                    )
                 finite = [values.isfinite().all() for values in part.tensors.values()]
                 if not all(map(bool, finite)):
                     raise DataError(f"{part.path} holds values that are not finite", hint=_VERIFY)
@@ -686,7 +689,7 @@ class StoredIndex:
                 elif state and state != tuple(part.tensors["files"][row].tolist()):
                     wrong.append(f"{path}: changed since it was indexed")
         wrong += [
-            f"{tree} is not what was written (SHA-256); build it again with: proxydet index approximate"
+            f"{tree}: SHA-256 mismatch: it changed after it was written; build it again with: proxydet index approximate"
             for tree in self.path.glob("approximate-*.faiss")
             if not tree.stem.endswith(sha256(tree)[:16])
         ]
@@ -751,7 +754,9 @@ def _check_words(path: Path, detector: IndexedDetector) -> None:
     vocabulary, _ = read_words(path)
     if vocabulary.digest != detector.vocabulary:
         raise DataError(
-            f"{path / 'vocabulary.npz'} is not what was written (SHA-256)", hint=_VERIFY, path=path
+            f"{path / 'vocabulary.npz'}: SHA-256 mismatch: it changed after it was written",
+            hint=_VERIFY,
+            path=path,
         )
 
 
@@ -799,7 +804,7 @@ class IndexWriter:
             there = {file.name for file in path.iterdir()} if path.is_dir() else set()
             if {name for name in there if not name.startswith(".")} - own or path.is_file():
                 raise DataError(
-                    f"{path} holds something else than an index",
+                    f"{path} is not empty and not an index",
                     hint="choose another place with -o, or remove it",
                     path=path,
                 )

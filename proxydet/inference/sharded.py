@@ -391,7 +391,7 @@ def open_job(
     plan = folder / "images.jsonl"
     with read_errors(plan, hint=f"put it back; or {hint}", error=DataError):
         if not planned and sha256(plan) != content["plan_sha256"]:
-            raise ValueError("it is not the plan that the job began with")
+            raise ValueError("the plan changed after the job started")
     named = {
         name: content[name] for name in ("identity", "results", "root", "offsets", "plan_sha256")
     }
@@ -430,7 +430,7 @@ def _plan(
         _require_idle(folder)
     elif (strays := next(_files(folder), None)) is not None:
         raise ConfigError(
-            f"{strays} is of a job whose {MANIFEST} is gone",
+            f"{strays} belongs to a job whose {MANIFEST} is missing",
             hint="put it back, give another folder with --output, or replace what is there: --overwrite",
             path=folder,
         )
@@ -771,7 +771,7 @@ def run_part(
                 unreachable += isinstance(made, UnreachableError)
                 if options.max_errors is not None and len(errors) > options.max_errors:
                     raise DataError(
-                        f"more images cannot be read than the {options.max_errors} of --max-errors: {errors[0]}",
+                        f"more than --max-errors {options.max_errors} images cannot be read: {errors[0]}",
                         hint="inspect them, and continue with a larger --max-errors; what is finished stays",
                     )
                 yield Row(image, None, made.message)

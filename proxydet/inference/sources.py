@@ -156,9 +156,7 @@ class SourceImage(NamedTuple):
                     f"cannot read {self.name}: {error.strerror or error}", hint=_AGAIN
                 ) from error
         if self.tar and len(data) != length:
-            raise DataError(
-                f"cannot read {self.name}: the tar ends in the middle of it", hint=_AGAIN
-            )
+            raise DataError(f"cannot read {self.name}: the tar is truncated here", hint=_AGAIN)
         return data
 
     def _too_large(self) -> DataError:
@@ -289,7 +287,7 @@ def read_list(path: Path) -> Iterator[str]:
             mark = mark or (b"\0" if b"\0" in block else b"\n")
             *names, rest = (rest + block).split(mark)
             if len(rest) > _LONGEST_NAME:
-                raise ValueError("it is not a list of files: a line is longer than any name")
+                raise ValueError("it is not a list of files: a line is too long for a path")
             yield from _names(names, mark)
         yield from _names([rest], mark)
 

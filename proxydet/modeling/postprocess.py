@@ -710,7 +710,7 @@ class _Search:
         numbers = torch.cat([self._count(found.region_K), found.counts_B, finite[None]]).tolist()
         if not numbers[-1]:
             raise NumericsError(
-                "the box heads gave values that are not finite",
+                "the box heads returned values that are not finite",
                 hint="the weights are damaged, or half precision is too narrow for them: use float32",
             )
         boxes_K4, settings = self._boxes_N4[found.region_K], self._settings

@@ -141,7 +141,7 @@ def call_in_new_process(
             )
         except subprocess.TimeoutExpired as error:
             raise RuntimeEnvironmentError(
-                f"it did not end within {seconds:g} s", hint=_HINT
+                f"it did not finish within {seconds:g} s", hint=_HINT
             ) from error
         if done.returncode == 0 and result.is_file():
             return json.loads(result.read_text(encoding="utf-8"))

@@ -254,7 +254,7 @@ def connect(device: str, loader_timeout: float = 600.0) -> Iterator[DistInfo]:
         )
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"The {process.world_size} processes did not find each other at {process.address}:{process.port}: "
+            f"The {process.world_size} processes could not connect to each other at {process.address}:{process.port}: "
             f"{first_line(error)}",
             hint="Each must be able to reach that address. Set MASTER_ADDR and MASTER_PORT, the same for all, to take another. "
             f"{_INTERFACE_HINT}",

@@ -406,7 +406,7 @@ def worker(
         ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if launcher and os.getppid() != number_in(os.environ, LAUNCHER):
             raise TrainingError(
-                "The process that started this one is gone.",
+                "The parent process exited.",
                 hint=START_AGAIN,
             )
     log = logs / f"rank_{rank}.log"

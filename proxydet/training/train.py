@@ -939,7 +939,7 @@ class Prefetcher:
             batch, error = self._queue.get(timeout=self._timeout)
         except queue.Empty as empty:
             raise TrainingError(
-                f"The data loader gave no batch for {self._timeout:.0f} seconds.",
+                f"The data loader returned no batch for {self._timeout:.0f} seconds.",
                 hint="Check the file system that holds the images; data.worker_timeout_s sets how long to wait.",
             ) from empty
         finally:
@@ -948,7 +948,7 @@ class Prefetcher:
             return batch
         if isinstance(error, StopIteration):
             raise DataError(
-                "The data loader came to its end in the middle of training.",
+                "The data loader ended before training did.",
                 hint="a loader that is given to training must yield batches without end",
             ) from error
         raise error

@@ -68,7 +68,7 @@ def read_reference(path: Path) -> Curves:
         ) from error
     if not found:
         raise DataError(
-            f"{path} holds no losses of detectron2",
+            f"{path} contains no losses of detectron2",
             hint="its text log has lines with 'iter: 19  total_loss: 12.3', its metrics.json has objects with iteration and total_loss",
             path=path,
         )

@@ -169,7 +169,7 @@ class EvalOptions:
         detections(
             "--compare",
             metavar="A B",
-            help="Say whether B is better than A: two results files, or two folders of evaluations.",
+            help="Test whether B is better than A: two results files, or two folders of evaluations.",
         ),
     ] = None
     gpus: Annotated[
@@ -217,12 +217,12 @@ class EvalOptions:
             )
         if self.published is not None and self.data not in (None, self.published.data):
             raise ConfigError(
-                f"--split {self.split} ({self.published.title}) is of {self.published.data}, not of {self.data}.",
+                f"--split {self.split} ({self.published.title}) is a split of {self.published.data}, not of {self.data}.",
                 hint="leave out --data, or name the split of your data set: val, test, train",
             )
         if self.results is not None and detecting:
             raise ConfigError(
-                f"--results cannot be combined with {', '.join(detecting)}: they are scored as they are.",
+                f"--results cannot be combined with {', '.join(detecting)}: they are scored as given.",
                 hint="leave it out, or leave out --results to detect again",
             )
         if self.hierarchy is not None and not self.hierarchy.is_file():
@@ -234,11 +234,11 @@ class EvalOptions:
         named = self.data is not None or self.published is not None
         if self.results is not None and not named:
             raise ConfigError(
-                "--results need the data set that they are of.",
+                "--results requires the data set that was predicted.",
                 hint="--data with an annotation file (JSON) or a dataset config (TOML), or --split minival",
             )
         if self.results is None and self.vocabulary is not None and not named:
-            raise ConfigError("--vocabulary belongs to a data set.", hint="give --data too")
+            raise ConfigError("--vocabulary requires --data.", hint="give --data too")
 
     def check_comparison(self, detecting: list[str]) -> None:
         """Raise ConfigError where the options are not those of a comparison, as `check`."""
@@ -249,7 +249,7 @@ class EvalOptions:
             )
         if self.data is None and self.published is None:
             raise ConfigError(
-                "--compare needs the data set that both results are of.",
+                "--compare requires the data set that was predicted.",
                 hint="--data with an annotation file (JSON) or a dataset config (TOML), or --split minival",
             )
 
@@ -337,7 +337,7 @@ def results_of(place: Path) -> Path:
         return recorded
     below = sorted((run_in(place) / "evaluation").glob("*/results.json"))
     raise InputError(
-        f"{place} holds no finished predictions.",
+        f"{place} contains no finished predictions.",
         hint=f"its evaluations are in {', '.join(str(file.parent) for file in below)}"
         if below
         else "give a results file, or the output folder of a finished proxydet eval",

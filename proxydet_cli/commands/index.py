@@ -101,14 +101,14 @@ def add(
     from proxydet_cli.progress import show_progress
 
     if regions is not None and not compact:
-        raise typer.BadParameter("--regions belongs to --compact")
+        raise typer.BadParameter("--regions requires --compact")
     named = model.find()
     left_out: Counter[str] = Counter()
     images: Iterator[SourceImage] = stream_images(sources, left_out)
     # Mistakes in the first source before the model is opened.
     if (first := next(images, None)) is None:
         raise DataError(
-            "the sources name no images",
+            "no images found in the given sources",
             hint="name files, folders, patterns or lists that are not empty",
         )
     images = itertools.chain([first], images)
@@ -299,7 +299,7 @@ def merge(
         images = writer.images
     value = {"index": output, "added": added, "unchanged": there, "images": images}
     Output(json=json).data(
-        value, f"{output}: {images} images; {added} added, {there} were there already"
+        value, f"{output}: {images} images; {added} added, {there} already in it"
     )
 
 

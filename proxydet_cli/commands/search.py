@@ -95,7 +95,7 @@ def search(
     classes.check()
     if data is None:
         if given_options(context, "split"):
-            raise typer.BadParameter("--split belongs to --eval")
+            raise typer.BadParameter("--split requires --eval")
     elif useless := given_options(
         context,
         "output",

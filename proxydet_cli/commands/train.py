@@ -148,9 +148,9 @@ class TrainOptions:
         if self.finetune is not None and self.weights is not None:
             raise typer.BadParameter("--finetune names the starting weights: leave --weights out")
         if self.finetune is None and self.keep_check is not None:
-            raise typer.BadParameter("--keep-check belongs to --finetune")
+            raise typer.BadParameter("--keep-check requires --finetune")
         if self.epochs is not None and self.data is None and self.config is None:
-            raise typer.BadParameter("--epochs counts the images of --data: give it too")
+            raise typer.BadParameter("--epochs counts the images of --data: give --data too")
         if self.overwrite and self.resume.lower() not in ("auto", "never"):
             raise typer.BadParameter(
                 "--overwrite starts a new run: it cannot be combined with --resume FILE"

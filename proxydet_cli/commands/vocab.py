@@ -166,7 +166,7 @@ def build(
     if exemplars is None and (
         given := given_options(context, "fuse", "split", "most", "statistics", NamedOptions)
     ):
-        raise typer.BadParameter(f"{given[0]} belongs to --exemplars")
+        raise typer.BadParameter(f"{given[0]} requires --exemplars")
     out = Output(json=json)
     notes: list[str] = []
     described = read_descriptions(descriptions) if descriptions is not None else ()
@@ -309,7 +309,7 @@ def mix(
             f"{repeated[0]} is named twice" if repeated else "name two vocabularies or more"
         )
     if names is not None and not any(source.endswith(".npy") for source in tables):
-        raise typer.BadParameter("--names belongs to a .npy table")
+        raise typer.BadParameter("--names requires a .npy table")
 
     def opened() -> dict[str, Vocabulary]:
         return {

@@ -300,7 +300,7 @@ def test_compare_two_files_and_two_folders(typed, files):
             ConfigError,
             "--results cannot be combined with --run",
         ),
-        (["--vocabulary", "text.npy"], ConfigError, "belongs to a data set"),
+        (["--vocabulary", "text.npy"], ConfigError, "requires --data"),
         (["--compare", "a.json", "b.json"], ConfigError, "need|needs the data set"),
         (["--results", "a.json", "--data", "absent.toml"], DataError, "no dataset config"),
         (["--results", "a.json", "--data", "absent"], DataError, "no dataset config"),
@@ -314,7 +314,7 @@ def test_compare_two_files_and_two_folders(typed, files):
         (
             ["--results", "a.json", "--data", "val.json", "--hierarchy", "val.json"],
             ConfigError,
-            "no use for a class hierarchy",
+            "does not use a class hierarchy",
         ),
         (["--results", "a.json", "--data", "val.json", "--config", "r50"], ConfigError, "--config"),
     ],

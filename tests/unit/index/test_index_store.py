@@ -128,7 +128,7 @@ def test_another_detector_and_another_mode_are_refused(own, index, detector):
         open_writer(detector.with_augmentation(), index)
     with pytest.raises(ConfigError, match="rescoring"):
         open_writer(detector.with_settings(rescore=True), index)
-    with pytest.raises(DataError, match="something else"):
+    with pytest.raises(DataError, match="not an index"):
         open_writer(detector, own)
     assert sorted(path.name for path in own.glob("*")) == [f"p{n}.png" for n in range(4)]
 

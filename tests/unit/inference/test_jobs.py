@@ -219,7 +219,7 @@ def test_results_of_another_job_are_never_taken_as_those_of_this_one(photos, tmp
     job = plan(tmp_path, photos)
     run(job)
     (job.folder / "job.json").unlink()
-    with pytest.raises(ConfigError, match=r"job\.json is gone"):
+    with pytest.raises(ConfigError, match=r"job\.json is missing"):
         plan(tmp_path, photos, identity={"detector": "b"})
     other = plan(tmp_path / "other", photos, identity={"detector": "b"})
     for name in ("finished", "parts"):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
@@ -33,7 +32,7 @@ import yaml
 from proxydet.detectron2_keys import counterparts, is_theirs
 from proxydet.errors import ConfigError
 from proxydet.files import read_text
-from proxydet.wording import nearest
+from proxydet.wording import near_misses, nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -204,11 +203,11 @@ def _unknown_key_error(cls: type, key: str, where: str, root: type | None = None
         root: The whole configuration's class: its leaf keys are searched too.
     """
     known = list(field_types(cls))
-    close = [_join(where, name) for name in difflib.get_close_matches(key, known, n=2)]
+    close = [_join(where, name) for name in near_misses(key, known, 2)]
     if root is not None and not close:
         leaves = [path for path, _ in key_paths(root)]
         close = [path for path in leaves if path.rsplit(".", 1)[-1] == key][:3]
-        close = close or difflib.get_close_matches(_join(where, key), leaves, n=2)
+        close = close or near_misses(_join(where, key), leaves, 2)
     meant = f" Did you mean {' or '.join(close)}?" if close else ""
     return ConfigError(
         f"{_join(where, key[:80])} is not a configuration key.{meant}",

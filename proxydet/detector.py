@@ -69,6 +69,7 @@ from proxydet.paths import how_to_restore, require_run
 from proxydet.runtime.torch_probe import half_speed
 from proxydet.vocabulary.sources import Classes, TrainedClasses, published_vocabulary
 from proxydet.vocabulary.vocabulary import FloatArray, TextEncoder, Vocabulary
+from proxydet.wording import first_line
 
 if TYPE_CHECKING:
     from proxydet.inference.sources import VideoSource
@@ -740,7 +741,7 @@ def choose_device(device: str) -> torch.device:
     try:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise RuntimeEnvironmentError(
             f"the device {device!r} cannot be used: {reason}",
             hint="try cpu, or auto; proxydet env reports the state of the GPU",

@@ -43,7 +43,7 @@ from proxydet.errors import (
     ProxydetError,
     RuntimeEnvironmentError,
 )
-from proxydet.wording import json_text, size_text
+from proxydet.wording import counted, json_text, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -601,7 +601,7 @@ class JsonLines:
         known = _reported_damage.get(self.path, (0, 0))
         found = []
         if damaged > known[0]:
-            found.append(f"passed over {damaged} damaged line{'s' if damaged > 1 else ''}")
+            found.append(f"skipped {counted(damaged, 'damaged line')}")
         if cut not in (0, known[1]):
             found.append(f"left out {cut} bytes of a last line that was cut short")
         if found:

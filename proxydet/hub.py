@@ -26,6 +26,7 @@ from proxydet.errors import (
     TransferError,
 )
 from proxydet.extensions import is_python_path
+from proxydet.wording import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ def fetch(name: str) -> Path:
                     hint="give a repository that proxydet push wrote; download weights of another kind and open them with "
                     "--weights FILE --config",
                 )
-            megabytes = sum(sizes.get(file, 0) for file in FILES) / 1e6
-            logger.info("%s on the Hugging Face hub: %s, %.1f MB", name, info.sha, megabytes)
+            size = size_text(sum(sizes.get(file, 0) for file in FILES))
+            logger.info("%s on the Hugging Face hub: %s, %s", name, info.sha, size)
             folder = Path(
                 snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
             )

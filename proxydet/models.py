@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import logging
 import re
@@ -34,6 +33,7 @@ from proxydet.paths import QUICKSTARTS_RUN, did_you_mean, require_run, run_in
 from proxydet.vocabulary.sources import published_vocabulary
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import check_weight_file
+from proxydet.wording import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -192,11 +192,10 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
             path=path,
         )
     if not path.is_file():
-        near = difflib.get_close_matches(name, PUBLISHED_MODELS, n=1)
         raise InputError(
             f"{name} is neither a weight file nor a published model",
-            hint=(f"did you mean {near[0]}? " if near else "")
-            + f"Models: {', '.join(PUBLISHED_MODELS)}; or owner/name on the Hugging Face hub",
+            hint=nearest(name, PUBLISHED_MODELS).strip()
+            or f"Models: {', '.join(PUBLISHED_MODELS)}; or owner/name on the Hugging Face hub",
             path=path,
         )
     _refuse_export(path)

@@ -15,13 +15,13 @@ PROXYDET_CACHE     ``proxydet`` in the user's annotation stores, text embeddings
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 import shlex
 from pathlib import Path
 
 from proxydet.errors import InputError, RuntimeEnvironmentError
+from proxydet.wording import near_misses
 
 
 def _from_environment(variable: str, default: Path) -> Path:
@@ -98,7 +98,7 @@ def did_you_mean(path: Path) -> str:
         there = [other.name for other in itertools.islice(path.parent.iterdir(), 10_000)]
     except OSError:
         return ""
-    near = difflib.get_close_matches(path.name, there)
+    near = near_misses(path.name, there, 3)
     names = ", ".join(str(path.with_name(name)) for name in near)
     return f"did you mean {names}? if not, " if near else ""
 

@@ -7,7 +7,6 @@ values of it. The published ones are those of the paper's released models (AAAI 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +46,7 @@ from proxydet.training.config import (
     ScheduleConfig,
     TrainingConfig,
 )
+from proxydet.wording import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,8 +398,7 @@ def _short_training(*, iterations: int, learning_rate: float) -> TrainingConfig:
 
 
 def _unknown_recipe(name: str) -> ConfigError:
-    close = difflib.get_close_matches(name, RECIPES, n=1)
-    nearest = f" Did you mean {close[0]}?" if close else ""
     return ConfigError(
-        f"There is no recipe {name!r}.{nearest}", hint=f"Recipes: {', '.join(RECIPES)}."
+        f"There is no recipe {name!r}.{nearest(name, RECIPES)}",
+        hint=f"Recipes: {', '.join(RECIPES)}.",
     )

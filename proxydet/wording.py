@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _CONTROL = re.compile(
@@ -69,17 +69,33 @@ def first_of(items: Sequence[object], most: int = 5) -> str:
     return shown if len(items) <= most else f"{shown}, ..."
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the known name nearest to ``name``, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+def near_misses(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """Return the known names that are nearly ``name``, the nearest first; of a long name the beginning counts."""
+    return difflib.get_close_matches(name[:100], list(known), n=most)
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
+    """Return `` Did you mean 'x'?`` for the known names nearest to ``name``, or nothing."""
+    close = near_misses(name, known, most)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def size_scale(size: float) -> tuple[float, str]:
+    """Return the unit in which a number of bytes is said, as its bytes and its name: ``(1e6, "MB")``."""
+    for divisor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= divisor:
+            return divisor, unit
+    return 1.0, "B"
 
 
 def size_text(size: int | None) -> str:
     """Say a size in bytes: ``1.2 GB``; ``?`` where it is not known."""
     if size is None:
         return "?"
-    for divisor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= divisor:
-            return f"{size / divisor:.1f} {unit}"
-    return f"{size} B"
+    divisor, unit = size_scale(size)
+    return f"{size} B" if unit == "B" else f"{size / divisor:.1f} {unit}"

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from proxydet.reporting import Progress, SilentProgress, Task
-from proxydet.wording import printable
+from proxydet.wording import printable, size_scale
 from proxydet_cli.output import Output, is_terminal
 
 if TYPE_CHECKING:
@@ -49,19 +49,12 @@ def duration(seconds: float) -> str:
 def amount(done: float, total: float | None, unit: str) -> str:
     """Say how much is done: ``12/40 images``, ``1.2/4.0 GB`` for unit ``B``."""
     if unit == "B":
-        divisor, unit = _byte_scale(total if total is not None else done)
+        divisor, unit = size_scale(total if total is not None else done)
         done, total = done / divisor, None if total is None else total / divisor
         text = f"{done:.1f}" if total is None else f"{done:.1f}/{total:.1f}"
     else:
         text = f"{done:.0f}" if total is None else f"{done:.0f}/{total:.0f}"
     return f"{text} {unit}".rstrip()
-
-
-def _byte_scale(size: float) -> tuple[float, str]:
-    for divisor, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= divisor:
-            return divisor, name
-    return 1.0, "B"
 
 
 def _in_words(fields: dict[str, str | float]) -> str:

@@ -7,7 +7,6 @@ that names its place. Everything in a catalogue is treated as hostile: its paths
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import os
 import re
@@ -22,6 +21,7 @@ from proxydet.artifacts.addresses import check_address
 from proxydet.config import from_mapping, parse_toml
 from proxydet.errors import ConfigError, TransferError
 from proxydet.files import read_text
+from proxydet.wording import nearest
 
 CATALOGUE_VARIABLE = "PROXYDET_CATALOGUE"
 """Environment variable with further catalogue files, separated as in PATH."""
@@ -384,10 +384,8 @@ class Catalogue:
                 continue
             if name not in self.families and name not in self._singles:
                 known = [*self.groups, *self.families, *self._singles]
-                close = difflib.get_close_matches(name, known, n=2)
-                nearest = f" Did you mean {' or '.join(close)}?" if close else ""
                 raise ConfigError(
-                    f"There is no artifact called {name!r}.{nearest}",
+                    f"There is no artifact called {name!r}.{nearest(name, known, 2)}",
                     hint="proxydet download --list shows all names.",
                 )
             for artifact in self.families.get(name) or (self._singles[name],):

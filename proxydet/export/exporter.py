@@ -48,6 +48,7 @@ from proxydet.modeling.postprocess import to_host
 from proxydet.modeling.weights import weights_digest
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import seal
+from proxydet.wording import first_line
 
 # The oldest has RoIAlign with half pixels and everything else that the translation writes; onnxruntime (1.32) has no
 # RoIAlign of sets 22 and later.
@@ -360,7 +361,7 @@ class TorchProgram:
                 program = torch.export.load(file, extra_files=extra)
         except Exception as error:  # torch raises many kinds for a damaged archive
             raise InputError(
-                f"torch cannot open {path}: {str(error).partition(chr(10))[0]}",
+                f"torch cannot open {path}: {first_line(error)}",
                 hint="export it again with: proxydet export, with the same version of torch",
                 path=path,
             ) from error

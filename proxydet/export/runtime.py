@@ -27,6 +27,7 @@ from proxydet.data.images import ImageInput, Pixels, as_pixels, shortest_side
 from proxydet.errors import InputError, MissingDependencyError, NumericsError, VocabularyError
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import check_seal
+from proxydet.wording import first_line
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -225,7 +226,7 @@ class OnnxDetector:
             session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime's errors have no base of their own
             raise InputError(
-                f"onnxruntime cannot open {path}: {str(error).partition(chr(10))[0]}",
+                f"onnxruntime cannot open {path}: {first_line(error)}",
                 hint=REMEDY,
                 path=path,
             ) from error

@@ -44,6 +44,7 @@ from proxydet.reporting import SILENT, Progress
 from proxydet.visualization.report import CaptionedImage, Report, Section
 from proxydet.vocabulary.sources import Classes, TrainedClasses
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.wording import first_line
 
 # Scores, and rounded or stored values, that are in memory at once.
 _SCORES_AT_ONCE = 2**21
@@ -368,7 +369,7 @@ class RegionIndex(TrainedClasses):
             tree = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
         except (RuntimeError, OSError) as error:
             raise DataError(
-                f"{file} is damaged: {str(error).splitlines()[0]}",
+                f"{file} is damaged: {first_line(error)}",
                 hint="build it again with: proxydet index approximate PHOTOS.index",
                 path=file,
             ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import difflib
 import io
 import ipaddress
 import json
@@ -59,7 +58,7 @@ from proxydet.errors import (
 from proxydet.serve.examples import Example
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.names import split_names
-from proxydet.wording import json_text
+from proxydet.wording import json_text, nearest
 
 if TYPE_CHECKING:
     from proxydet.detector import Detector
@@ -239,8 +238,7 @@ def read_params(
             given[key] = parsers[key](key, value)
         else:
             known = ("words", "background", *parsers)
-            near = difflib.get_close_matches(key[:80], known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            hint = nearest(key, known).strip() or f"known: {', '.join(known)}"
             raise _bad_parameter(f"unknown parameter {key[:80]!r}", hint)
     classes: list[ClassParams] = given.pop("classes", [])
     if classes and (words or background):

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from proxydet.errors import ConfigError, ProxydetError, RuntimeEnvironmentError, TrainingError
+from proxydet.wording import first_line
 
 T = TypeVar("T")
 # Of what a step exchanges, if the loader may not take longer; a process that has died or hangs is noticed after this time.
@@ -182,11 +183,6 @@ def number_in(
             hint=f"Unset {name}, if nothing starts several processes here.",
         )
     return int(text)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or the name of its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def launched_rank() -> int:

@@ -39,9 +39,9 @@ from proxydet.training.distributed import (
     KEPT_HINT,
     START_AGAIN,
     StartedProcess,
-    first_line,
     number_in,
 )
+from proxydet.wording import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ Dimensions: C classes, D embedding.
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ from proxydet.vocabulary.vocabulary import (
     find_prompts,
     load_embeddings,
 )
-from proxydet.wording import counted
+from proxydet.wording import counted, nearest
 
 SAVED_SUFFIXES = (".npz", ".vocab")
 """Endings of files that hold a vocabulary as `Vocabulary.save` writes it."""
@@ -108,13 +107,11 @@ def check_source(source: str | Path) -> None:
     if str(source) in PUBLISHED_VOCABULARIES or is_vocabulary_file(source) or plain:
         return
     endings = ", ".join((*SAVED_SUFFIXES, *LIST_SUFFIXES, ".npy"))
-    near = difflib.get_close_matches(str(source).lower(), PUBLISHED_VOCABULARIES, n=1)
     raise VocabularyError(
         f"the vocabulary {str(source)!r} is neither a published one ({', '.join(PUBLISHED_VOCABULARIES)}) nor a "
         f"file ({endings})",
-        hint=f"did you mean {near[0]}?"
-        if near
-        else "class names can be given as a list: -v 'cup, plate' on the command line, ['cup', 'plate'] in Python",
+        hint=nearest(str(source).lower(), PUBLISHED_VOCABULARIES).strip()
+        or "class names can be given as a list: -v 'cup, plate' on the command line, ['cup', 'plate'] in Python",
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from proxydet.wording import counted, first_of, printable
 from proxydet_cli.options import Json, command_app, examples
 from proxydet_cli.output import Output
 
@@ -272,8 +273,6 @@ def preview(
 
 
 def _initialized(report: InitReport) -> str:
-    from proxydet.wording import counted, first_of, printable
-
     lines = [
         f"{report.format}: {counted(len(report.classes), 'class', 'classes')}: {first_of([printable(name) for name in report.classes], 8)}"
     ]
@@ -317,7 +316,7 @@ def _checked(report: CheckReport) -> str:
     errors = sum(finding.level == "error" for finding in report.findings)
     verdict = "sound: nothing found that stops training, evaluation or prediction"
     if errors:
-        verdict = f"not usable as it is: {errors} error{'s' if errors > 1 else ''}"
+        verdict = f"not usable as it is: {counted(errors, 'error')}"
     elif report.unchecked:
         verdict += f"; not checked: {', '.join(report.unchecked)}"
     return "\n".join([*lines, f"{report.name}: {verdict}"])

@@ -57,6 +57,7 @@ def export(
     classes.check()
     named = model.find()
     from proxydet.export.exporter import export_detector
+    from proxydet.wording import size_text
 
     detector = open_detector(named, classes, device="cpu", yes=yes)
     detector = detector.with_settings(agnostic_nms=one_label)
@@ -69,7 +70,7 @@ def export(
         vocabulary=classes.open(detector, yes=yes) if classes.given else None,
         progress=out.message,
     )
-    lines = [f"{report.path}: {report.bytes / 1e6:.1f} MB, exported in {report.seconds:.0f} s"]
+    lines = [f"{report.path}: {size_text(report.bytes)}, exported in {report.seconds:.0f} s"]
     if report.vocabulary is not None:
         lines.append(f"{report.vocabulary}: the vocabulary")
     lines += [

@@ -114,8 +114,8 @@ def test_a_saved_configuration_is_read_back_whole(tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("r5O", None, ()), "Did you mean r50"),
-        ((None, None, ("recipe=smal",)), "Did you mean small"),
+        (("r5O", None, ()), "Did you mean 'r50"),
+        ((None, None, ("recipe=smal",)), "Did you mean 'small"),
         ((None, None, ("seed=-1",)), "seed must be in"),
         ((None, None, ("learning_rate=1",)), "training.optimizer.learning_rate"),
         ((None, None, ("reproducibility=publish",)), "'published'"),

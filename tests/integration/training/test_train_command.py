@@ -69,7 +69,7 @@ def test_backbone_and_recipe_exclude_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--recipe", "r51"], "Did you mean r50?"),
+        (["--recipe", "r51"], "Did you mean 'r50'?"),
         (["--set", "training.iteration=1"], "Did you mean training.iterations"),
         (["--recipe", "tiny", "--resume", "absent.pth"], "there is no file absent.pth"),
         (["--recipe", "tiny", "--nodes", "2"], "need an address"),

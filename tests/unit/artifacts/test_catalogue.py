@@ -79,7 +79,7 @@ def test_every_entry_is_pinned_or_checked_by_what_it_holds(catalogue):
 
 
 def test_a_stranger_to_the_catalogue_gets_the_near_miss(catalogue):
-    with pytest.raises(ConfigError, match="Did you mean boxsup-r50"):
+    with pytest.raises(ConfigError, match="Did you mean 'boxsup-r50"):
         catalogue.resolve(["boxsup_r50"])
 
 

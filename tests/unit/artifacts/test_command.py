@@ -255,7 +255,7 @@ def test_a_mirror_from_the_environment(run, entry, server, body, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("lvsi", "--dry-run"), 3, "Did you mean lvis"),
+        (("lvsi", "--dry-run"), 3, "Did you mean 'lvis"),
         (("lvis", "--limit-rate", "fast"), 2, "not a rate"),
         (("lvis", "--jobs", "0"), 2, "jobs"),
         (("lvis", "--mirror", "ftp://x/", "--yes"), 3, "not an https or http address"),
@@ -323,7 +323,7 @@ def test_the_list_of_what_is_named(run, entry, body):
     assert [line.split()[0] for line in out.splitlines()] == ["name", "metadata", "thing"]
     code, _, err = run("--list", "thnig")
     assert code == 3
-    assert "Did you mean thing" in err
+    assert "Did you mean 'thing" in err
 
 
 def test_what_does_not_fit_is_marked_before(run, entry, body, monkeypatch):

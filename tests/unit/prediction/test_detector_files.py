@@ -391,7 +391,7 @@ def test_a_runs_checkpoint_is_opened_as_that_runs(run, network):
 
 
 def test_weights_that_are_neither_file_nor_model(tmp_path):
-    for name, said in (("proxydet-r50-in", "did you mean proxydet-r50"), ("a.pth", "Models: ")):
+    for name, said in (("proxydet-r50-in", "Did you mean 'proxydet-r50"), ("a.pth", "Models: ")):
         with pytest.raises(InputError, match="neither a weight file nor a published") as caught:
             find_detector(run=None, weights=name, config=None)
         assert said in str(caught.value.hint)

@@ -199,7 +199,7 @@ def test_wrong_parameters_are_named(client, png, query, kind, what):
 
 def test_a_near_miss_is_suggested(client, png):
     response = client.post("/api/predict?score_treshold=1", content=png, headers=RAW)
-    assert problem(response, 400, "parameter")["hint"] == "did you mean 'score_threshold'?"
+    assert problem(response, 400, "parameter")["hint"] == "Did you mean 'score_threshold'?"
 
 
 def test_what_is_not_an_image_is_refused(client, png):

@@ -125,7 +125,7 @@ def test_mistakes_are_named(encoder, names, tmp_path, cli, monkeypatch):
     code, _, err = cli("vocab", "show", "lvsi")
     assert code == 3
     assert "'lvsi' is neither" in err
-    assert "hint: did you mean lvis?" in err
+    assert "hint: Did you mean 'lvis'?" in err
     code, _, err = cli("vocab", "show", "lvis")
     assert code == 3
     assert "proxydet download lvis-metadata" in err

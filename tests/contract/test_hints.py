@@ -7,7 +7,6 @@ collected and get their hint where the download as a whole is reported.
 from __future__ import annotations
 
 import ast
-import re
 
 WITH_HINTS = {
     "CheckpointError",
@@ -43,28 +42,6 @@ def test_errors_have_hints(trees):
         for line in raised_without_hint(tree)
     ]
     assert found == []
-
-
-def test_no_message_names_a_page_that_an_installed_package_lacks(trees):
-    named = [
-        f"{path}:{node.lineno}"
-        for path, tree in trees.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant)
-        and isinstance(node.value, str)
-        and re.search(r"\bdocs/[\w-]+/[\w-]+\.md", node.value)
-        and not (path.name == "reference.py" or node.value in docstrings(tree))
-    ]
-    assert named == []
-
-
-def docstrings(tree: ast.Module) -> set[str]:
-    """Strings that are statements of their own: docstrings of modules, classes, functions and fields."""
-    return {
-        str(node.value.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    }
 
 
 def test_the_check_sees_what_it_looks_for():

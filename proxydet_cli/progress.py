@@ -1,4 +1,4 @@
-"""Progress as people see it: bars on a terminal, now and then a line elsewhere."""
+"""Progress as people see it: bars on a terminal, now and then a line elsewhere; of a training a live table of its losses too."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
 
+
+Fields = dict[str, str | float]
+
+# Of a training's step, which has the fields of `total`: shown next to the amount and the time left, under these names.
+_HEADLINE = {"total": "loss", "it/s": "it/s", "lr": "lr"}
+# Shown in the table below the parts of the loss, which are the rest.
+_MACHINE = {"data s": "waiting for data, s/it", "MiB": "memory, MiB"}
+_COLUMNS = 3
 
 LINE_INTERVAL = 10.0
 """Seconds between two lines about one task where there is no terminal."""
@@ -57,11 +65,18 @@ def amount(done: float, total: float | None, unit: str) -> str:
     return f"{text} {unit}".rstrip()
 
 
-def _in_words(fields: dict[str, str | float]) -> str:
+def _in_words(fields: Fields) -> str:
     return "  ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in fields.items()
     )
+
+
+def _headline(fields: Fields) -> Fields:
+    """Return what is shown in a line: of a training's step the headline numbers, else all."""
+    if "total" not in fields:
+        return fields
+    return {shown: fields[name] for name, shown in _HEADLINE.items() if name in fields}
 
 
 class LineTask:
@@ -81,13 +96,13 @@ class LineTask:
         self.done = done
         self._done_before = done
         self._started = self._last_line = time.monotonic()
-        self._fields: dict[str, str | float] = {}
+        self._fields: Fields = {}
         self._lines = 0
 
     def advance(self, amount: float = 1, **fields: str | float) -> None:
         """Count units as done, and write a line if the last is long ago."""
         self.done += amount
-        self._fields.update(fields)
+        self._fields.update(_headline(fields))
         now = time.monotonic()
         if now - self._last_line >= LINE_INTERVAL:
             self._last_line = now
@@ -140,14 +155,17 @@ class LineProgress:
 
 
 class _BarTask:
-    def __init__(self, bars: RichProgress, task_id: TaskID) -> None:
+    def __init__(self, shown: BarProgress, bars: RichProgress, task_id: TaskID) -> None:
+        self._shown = shown
         self._bars = bars
         self._id = task_id
-        self._fields: dict[str, str | float] = {}
+        self._fields: Fields = {}
 
     def advance(self, amount: float = 1, **fields: str | float) -> None:
         """Move the bar."""
-        self._fields.update(fields)
+        self._fields.update(_headline(fields))
+        if parts := fields.keys() - _HEADLINE.keys() if "total" in fields else ():
+            self._shown.table = parts_table({name: fields[name] for name in parts})
         self._bars.update(self._id, advance=amount, shown=_in_words(self._fields))
 
     def describe(self, description: str) -> None:
@@ -159,6 +177,8 @@ class BarProgress:
     """Progress as bars with the time left, on a terminal; a task inside a task gets a bar while it runs."""
 
     def __init__(self) -> None:
+        self.table: Table | None = None
+        """Shown above the bars."""
         self._bars: RichProgress | None = None
         self._open = 0
         self._lock = Lock()
@@ -172,7 +192,7 @@ class BarProgress:
         task_id = bars.add_task(printable(description), total=total, unit=unit, shown="")
         bars.update(task_id, completed=done)
         try:
-            yield _BarTask(bars, task_id)
+            yield _BarTask(self, bars, task_id)
         finally:
             self._leave(bars, task_id)
 
@@ -180,6 +200,7 @@ class BarProgress:
         with self._lock:
             if self._bars is None:
                 self._bars = _make_bars()
+                self._bars.get_renderables = self._renderables  # type: ignore[method-assign]
                 self._bars.start()
             self._open += 1
             return self._bars
@@ -193,6 +214,13 @@ class BarProgress:
             bars.stop_task(task_id)
             bars.stop()
             self._bars = None
+            self.table = None
+
+    def _renderables(self) -> Iterator[RenderableType]:
+        if self.table is not None:
+            yield self.table
+        if self._bars is not None:
+            yield self._bars.make_tasks_table(self._bars.tasks)
 
 
 def _make_bars() -> RichProgress:
@@ -272,85 +300,6 @@ class _TqdmTask:
     def describe(self, description: str) -> None:
         """Change the text in front of the bar."""
         self._bar.set_description(description)
-
-
-# --- A training: a live table of its losses on a terminal, short lines elsewhere ----------------------------------------
-
-Fields = dict[str, str | float]
-
-# Shown next to the amount and the time left, under these names; the table above a bar shows the rest.
-_HEADLINE = {"total": "loss", "it/s": "it/s", "lr": "lr"}
-# Not parts of the loss: shown below them in the table.
-_MACHINE = {"data s": "waiting for data, s/it", "MiB": "memory, MiB"}
-_COLUMNS = 3
-
-
-def training_progress(*, quiet: bool = False) -> Progress:
-    """Choose how a training is shown.
-
-    Args:
-        quiet: Show nothing.
-    """
-    shown = show_progress(quiet=quiet)
-    return TrainingProgress(_TableBars() if isinstance(shown, BarProgress) else shown)
-
-
-class TrainingProgress:
-    """Shows the headline numbers of a training next to its bar; where that is a bar, a table of the losses above it.
-
-    Args:
-        inner: Shows bars or lines.
-    """
-
-    def __init__(self, inner: Progress) -> None:
-        self._inner = inner
-
-    @contextmanager
-    def task(
-        self, description: str, *, total: float | None = None, unit: str = "", done: float = 0
-    ) -> Iterator[Task]:
-        """Run a task."""
-        with self._inner.task(description, total=total, unit=unit, done=done) as task:
-            yield _SplitTask(task, self._inner if isinstance(self._inner, _TableBars) else None)
-
-
-class _TableBars(BarProgress):
-    """Bars with room for a table above them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._table: Table | None = None
-
-    def show(self, table: Table) -> None:
-        self._table = table
-
-    def _enter(self) -> RichProgress:
-        bars = super()._enter()
-        bars.get_renderables = lambda: self._renderables(bars)  # type: ignore[method-assign]
-        return bars
-
-    def _renderables(self, bars: RichProgress) -> Iterator[RenderableType]:
-        if self._table is not None:
-            yield self._table
-        yield bars.make_tasks_table(bars.tasks)
-
-
-class _SplitTask:
-    def __init__(self, task: Task, bars: _TableBars | None) -> None:
-        self._task = task
-        self._bars = bars
-
-    def advance(self, amount: float = 1, **fields: str | float) -> None:
-        """Count, and show what is new."""
-        headline = {shown: fields[name] for name, shown in _HEADLINE.items() if name in fields}
-        parts = {name: value for name, value in fields.items() if name not in _HEADLINE}
-        self._task.advance(amount, **(headline or fields))
-        if headline and parts and self._bars is not None:
-            self._bars.show(parts_table(parts))
-
-    def describe(self, description: str) -> None:
-        """Change the text in front."""
-        self._task.describe(description)
 
 
 def parts_table(parts: Fields) -> Table:

@@ -44,9 +44,9 @@ def quickstart(
     ProxyDet on it with every part of the method on, evaluates base and novel classes, predicts with other words,
     and writes report.html. Run it again after a stop: it resumes.
     """
-    from proxydet_cli.progress import training_progress
+    from proxydet_cli.progress import show_progress
 
-    out, progress = Output(json=json), training_progress()
+    out, progress = Output(json=json), show_progress()
     if compare:
         from proxydet.quickstart import compare_mixup
 

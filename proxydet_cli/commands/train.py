@@ -407,7 +407,7 @@ def _run(
     from proxydet.training.runfolder import RunFolder
     from proxydet.training.train import check_own_code
     from proxydet.training_run import finished_run, plot_reference, run_training
-    from proxydet_cli.progress import training_progress
+    from proxydet_cli.progress import show_progress
 
     output = Output(json=json, quiet=plan.started and launched_rank() > 0)
     resume = options.resumes()
@@ -450,7 +450,7 @@ def _run(
                 output=root,
                 resume=resume,
                 overwrite=options.overwrite,
-                progress=training_progress(quiet=output.quiet),
+                progress=show_progress(quiet=output.quiet),
             )
             if not output.quiet:
                 plotted()

@@ -6,7 +6,7 @@ import io
 import sys
 
 from proxydet_cli import progress
-from proxydet_cli.progress import parts_table, training_progress
+from proxydet_cli.progress import parts_table, show_progress
 
 FIELDS = {
     "total": 3.25,
@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
 
 def test_a_line_names_loss_speed_time_left_and_rate_only(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
-    with training_progress().task("training", total=4, unit="it") as task:
+    with show_progress().task("training", total=4, unit="it") as task:
         task.advance(2, **FIELDS)
     line = capsys.readouterr().err.splitlines()[0]
     assert line == "training: 2/4 it (50%), 0 s left  loss 3.25  it/s 2.5  lr 0.002"
@@ -37,7 +37,7 @@ def test_the_table_holds_the_parts_and_the_machine(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "140")
-    with training_progress().task("training", total=4, unit="it") as task:
+    with show_progress().task("training", total=4, unit="it") as task:
         task.advance(4, **FIELDS)
     text = terminal.getvalue()
     for shown in (

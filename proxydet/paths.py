@@ -34,6 +34,13 @@ def datasets_folder() -> Path:
     return _from_environment("PROXYDET_DATASETS", Path("datasets"))
 
 
+def dataset_path(name: str) -> Path:
+    """Return the file or folder that ``--data`` names: of a bare name the prepared data set before what is called so here."""
+    path, prepared = Path(name), datasets_folder() / f"{name}.toml"
+    bare = not path.suffix and name == path.name
+    return prepared if bare and (prepared.exists() or not path.exists()) else path
+
+
 def models_folder() -> Path:
     """The folder of downloaded checkpoints: ``$PROXYDET_MODELS``, or ``models`` in the working folder."""
     return _from_environment("PROXYDET_MODELS", Path("models"))

@@ -261,15 +261,10 @@ class EvalOptions:
         return self.published is None and path is not None and names_annotations(path)
 
     def data_path(self) -> Path | None:
-        """Return what ``--data`` names: of a bare name the prepared data set before a file or folder called so."""
-        from proxydet.paths import datasets_folder
+        """Return what ``--data`` names."""
+        from proxydet.paths import dataset_path
 
-        if self.data is None:
-            return None
-        path = Path(self.data)
-        prepared = datasets_folder() / f"{self.data}.toml"
-        bare = not path.suffix and self.data == path.name
-        return prepared if bare and (prepared.exists() or not path.exists()) else path
+        return None if self.data is None else dataset_path(self.data)
 
     def folder(self, dataset: str) -> Path:
         """Return where the files of the evaluation go."""

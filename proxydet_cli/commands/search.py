@@ -194,13 +194,10 @@ def _evaluate(
     from proxydet.evaluation.detector_evaluation import evaluate_index
     from proxydet.evaluation.report import group_rows, metric_rows
     from proxydet.evaluation.split import DescribedSplit
-    from proxydet.paths import datasets_folder
+    from proxydet.paths import dataset_path
     from proxydet_cli.progress import show_progress
 
-    prepared, path = datasets_folder() / f"{data}.toml", Path(data)
-    description = DatasetConfig.from_toml(
-        path if path.exists() else prepared if prepared.exists() else path
-    )
+    description = DatasetConfig.from_toml(dataset_path(data))
     progress = show_progress()
     config = EvaluationConfig(iou_types=("bbox",))
     opened_split = DescribedSplit.open(description, split, progress=progress)

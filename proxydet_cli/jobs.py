@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from proxydet.wording import counted
 from proxydet_cli.options import panel
 from proxydet_cli.output import Output
 
@@ -164,7 +165,6 @@ class JobOptions:
         from proxydet.errors import DataError, RuntimeEnvironmentError
         from proxydet.inference.sharded import RunOptions, open_job, run_job
         from proxydet.inference.sources import describe_left_out
-        from proxydet.wording import counted
         from proxydet_cli.progress import show_progress
 
         if self.gpus is not None and self.engine is Engine.processes:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from proxydet.wording import counted, size_text
 from proxydet_cli.options import DryRun, Json, Yes, command_app, examples, panel
 from proxydet_cli.output import Output, aligned
 
@@ -221,7 +222,6 @@ def _agreed(plan: Plan, output: Output, *, asked: bool) -> bool:
 
 def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output, *, asked: bool) -> None:  # fmt: skip
     from proxydet.errors import ArtifactError
-    from proxydet.wording import size_text
 
     if plan.todo and not _agreed(plan, output, asked=asked):
         return
@@ -255,7 +255,6 @@ def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output,
 
 def _verify(downloader: Downloader, names: list[str], output: Output) -> None:
     from proxydet.errors import DigestError
-    from proxydet.wording import counted
 
     rows: list[Row] = [
         {"verdict": f.status, "name": f.name, "path": str(f.path), "detail": f.note}
@@ -309,8 +308,6 @@ def _plan_rows(plan: Plan) -> list[Row]:
 
 def _plan_text(plan: Plan) -> str:
     """Lay out a plan: the rows, their licences, what is to be fetched in all, and the room it takes."""
-    from proxydet.wording import counted, size_text
-
     rows = _plan_rows(plan)
     columns = ("name", "files", "state", "to fetch", "account")
     shown = [
@@ -339,8 +336,6 @@ def _plan_text(plan: Plan) -> str:
 
 def _account_notes(plan: Plan) -> dict[str, tuple[str, str]]:
     """Return what cannot be fetched without an account, and what to do, by the name of the file or family."""
-    from proxydet.wording import counted
-
     notes: dict[str, tuple[str, str]] = {}
     for name, items in _by_family(plan).items():
         login = items[0].artifact.login
@@ -365,6 +360,5 @@ def _sum(sizes: Iterable[int | None]) -> int | None:
 
 
 def _size(value: object) -> str:
-    from proxydet.wording import size_text
 
     return size_text(value if isinstance(value, int) else None).rjust(8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+from proxydet.wording import size_text
 from proxydet_cli.opening import ClassOptions, NamedOptions, open_detector
 from proxydet_cli.options import Json, OneLabel, Yes, command_app, examples, panel
 from proxydet_cli.output import Output
@@ -57,7 +58,6 @@ def export(
     classes.check()
     named = model.find()
     from proxydet.export.exporter import export_detector
-    from proxydet.wording import size_text
 
     detector = open_detector(named, classes, device="cpu", yes=yes)
     detector = detector.with_settings(agnostic_nms=one_label)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from proxydet.wording import counted, size_text
 from proxydet_cli.opening import (
     BatchSize,
     DetectorOptions,
@@ -193,7 +194,6 @@ def verify(
     """Compare every part of an index with its SHA-256; the exit code is 3 where something is wrong."""
     from proxydet.errors import DataError
     from proxydet.index.store import StoredIndex
-    from proxydet.wording import counted
     from proxydet_cli.progress import show_progress
 
     stored = StoredIndex(index)
@@ -311,7 +311,6 @@ def merge(
 def approximate(index: IndexFolder, json: Json = False) -> None:
     """Build what proxydet search --approximate needs, for many millions of regions; it serves until images are added or removed."""
     from proxydet.index.search import RegionIndex
-    from proxydet.wording import size_text
     from proxydet_cli.progress import show_progress
 
     file = RegionIndex(index).build_approximate(show_progress())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from proxydet.wording import counted
 from proxydet_cli.jobs import Engine, JobOptions
 from proxydet_cli.opening import (
     BaseAbove,
@@ -378,8 +379,6 @@ class _Shown:
 
     def images_done(self, summary: PredictionSummary) -> None:
         """Print the summary of the images, or the whole JSON result."""
-        from proxydet.wording import counted
-
         if self._quiet and not self._out.json:
             found = counted(summary.detections, "detection")
             self._out.row(f"{counted(summary.images, 'image')}: {found}")
@@ -399,8 +398,6 @@ class _Shown:
 
     def video_done(self, summary: VideoSummary) -> None:
         """Print the summary of a video, or its JSON result."""
-        from proxydet.wording import counted
-
         if self._quiet and not self._out.json:
             found = counted(summary.detections, "detection")
             self._out.row(f"{summary.video}: {counted(summary.frames, 'frame')}, {found}")

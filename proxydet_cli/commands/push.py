@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from proxydet.wording import size_text
 from proxydet_cli.options import DryRun, Json, Yes, command_app, examples
 from proxydet_cli.output import Output
 
@@ -72,7 +73,6 @@ def push(
     if not dry_run:
         require_login(repository)
     from proxydet.publishing import prepared, upload
-    from proxydet.wording import size_text
 
     with prepared(run, repository, weights=weights, license=license) as package:
         listing = "\n".join(f"{size_text(size):>8}  {name}" for name, size in package.files.items())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from proxydet.wording import table_cell
 from proxydet_cli.opening import BaseAbove, ClassOptions, add_background
 from proxydet_cli.options import (
     IndexFolder,
@@ -162,7 +163,6 @@ def _write(
     from proxydet.files import write_json, write_text
     from proxydet.index.search import results_page
     from proxydet.visualization.report import write_report
-    from proxydet.wording import table_cell
 
     if output.suffix.lower() == ".html":
         summary = f"{len(hits)} images, the best first. Searched: {searched}."

@@ -338,7 +338,7 @@ def fetch_published(
     from proxydet_cli.commands.download import with_downloads
 
     # Names without embeddings take CLIP: asked for in the same question.
-    also = ()
+    also: tuple[str, ...] = ()
     if classes is not None and classes.embedded and named.run is None:
         also = ("clip-vit-b32",)
     published = named.published

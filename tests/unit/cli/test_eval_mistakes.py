@@ -13,7 +13,7 @@ import pytest
         ),
         (
             ["--run", "RUN", "--split", "minival", "--data", "coco"],
-            "--split minival (LVIS minival, 4,809 images) is of lvis, not of coco",
+            "--split minival (LVIS minival, 4,809 images) is a split of lvis, not of coco",
             "leave out --data",
         ),
         (["--run", "RUN"], "is not a run folder", "proxydet train or quickstart wrote"),
@@ -26,7 +26,7 @@ import pytest
         ),
         (
             ["--results", "RUN/file", "--data", "x.json", "--batch-size", "2", "--tta"],
-            "--batch-size, --tta",
+            "--tta, --batch-size",
             "leave it out",
         ),
         (
@@ -41,10 +41,10 @@ import pytest
             "there is no",
             "results file",
         ),
-        (["--compare", "RUN/file", "RUN/file"], "needs the data set", "--data"),
+        (["--compare", "RUN/file", "RUN/file"], "requires the data set", "--data"),
         (
             ["--compare", "RUN/file", "RUN/file", "--data", "x.json", "-o", "RUN", "--tta"],
-            "--output, --tta",
+            "--tta, --output",
             "a proxydet eval of its own",
         ),
         (

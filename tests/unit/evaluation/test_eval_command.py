@@ -294,14 +294,14 @@ def test_compare_two_files_and_two_folders(typed, files):
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (["--results", "a.json"], ConfigError, "need the data set"),
+        (["--results", "a.json"], ConfigError, "requires the data set"),
         (
             ["--results", "a.json", "--run", "x", "--data", "val.json"],
             ConfigError,
             "--results cannot be combined with --run",
         ),
         (["--vocabulary", "text.npy"], ConfigError, "requires --data"),
-        (["--compare", "a.json", "b.json"], ConfigError, "need|needs the data set"),
+        (["--compare", "a.json", "b.json"], ConfigError, "requires the data set"),
         (["--results", "a.json", "--data", "absent.toml"], DataError, "no dataset config"),
         (["--results", "a.json", "--data", "absent"], DataError, "no dataset config"),
         (["--results", "absent.json", "--data", "val.json"], DataError, "cannot read"),

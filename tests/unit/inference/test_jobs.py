@@ -114,7 +114,7 @@ def test_sources_stand_for_images_one_after_the_other(photos, tmp_path, monkeypa
     assert streamed(photos) == streamed(f"{tmp_path}/*/*.png") == everything
     assert len(everything) == 23
     listed.write_bytes(b"x" * (1 << 17))
-    with pytest.raises(DataError, match="line is longer"):
+    with pytest.raises(DataError, match="line is too long"):
         streamed(f"@{listed}")
 
 

@@ -39,8 +39,9 @@ from proxydet.data.images import (
     require_distinct_files,
     require_end,
 )
+from proxydet.data.records import Format
 from proxydet.data.sources import holds_annotations, look
-from proxydet.data.store import AnnotationSource, AnnotationStore, Format
+from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, InputError
 from proxydet.files import sha256
 from proxydet.reporting import SILENT, Progress
@@ -59,15 +60,12 @@ _EXPECTED = {
 }
 """Images and annotations of files that everyone has the same of."""
 _SOURCES = {
-    "lvis": ("lvis.toml", "lvis/lvis_v1_train.json"),
-    "coco": ("coco.toml", "coco/annotations/instances_train2017.json"),
-    "objects365": ("objects365.toml", "objects365/annotations/zhiyuan_objv2_val.json"),
-    "openimages": (
-        "openimages.toml",
-        "oid/annotations/challenge-2019-validation-detection-bbox.csv",
-    ),
+    "lvis": "lvis/lvis_v1_train.json",
+    "coco": "coco/annotations/instances_train2017.json",
+    "objects365": "objects365/annotations/zhiyuan_objv2_val.json",
+    "openimages": "oid/annotations/challenge-2019-validation-detection-bbox.csv",
 }
-"""Dataset config and first source file of each data set that ``data prepare`` knows."""
+"""First source file of each data set that ``data prepare`` knows; its dataset config is named after it."""
 
 Level = Literal["ok", "warning", "error"]
 
@@ -142,7 +140,7 @@ def check_path(
     if not names_annotations(path):
         return [checker.dataset(DatasetConfig.from_toml(path))]
     configs = sorted(path.glob("*.toml")) if path.is_dir() else []
-    data_root = configs or any((path / source).exists() for _, source in _SOURCES.values())
+    data_root = configs or any((path / source).exists() for source in _SOURCES.values())
     if not data_root and (not path.is_dir() or holds_annotations(path)):
         return checker.annotations(path)
     reports = [checker.data_root(path, configs)]
@@ -292,8 +290,8 @@ class _Checker:
         """Check which data sets of a data root are prepared."""
         unprepared = [
             (source, f"{name} is not prepared", name)
-            for name, (config, source) in _SOURCES.items()
-            if (root / source).exists() and not (root / config).exists()
+            for name, source in _SOURCES.items()
+            if (root / source).exists() and not (root / f"{name}.toml").exists()
         ]
         tars, lvis = root / "imagenet/ImageNet-21K", root / "lvis.toml"
         if tars.is_dir() and lvis.exists() and "[image_labels]" not in lvis.read_text("utf-8"):
@@ -310,15 +308,12 @@ class _Checker:
                 + ", ".join(get_args(Format))
             )
             named = coco_files(root)
-            advice = f"name the annotation file: {first_of(named)}" if named else ""
-            advice = (
-                advice
-                or inner_root(root)
-                or (
-                    "name the folder of an export, or its "
-                    "annotation file; for the published data sets run: proxydet download lvis coco metadata; then: proxydet data prepare lvis"
-                )
+            advice = inner_root(root) or (
+                "name the folder of an export, or its annotation file; for the published data sets run: "
+                "proxydet download lvis coco metadata; then: proxydet data prepare lvis"
             )
+            if named:
+                advice = f"name the annotation file: {first_of(named)}"
             self.add("root", "error", text, advice)
         return self.report(str(root))
 
@@ -341,47 +336,35 @@ class _Checker:
         stores: dict[str, AnnotationStore] = {}
         for name, source in found.parts.items():
             part = name or "annotations"
-            store = self._store(source, part)
-            if store is not None:
+            opened = partial(
+                AnnotationStore.open, source, cache=self.cache, progress=self.progress, warn=False
+            )
+            if (store := self._store(part, source.annotations, opened)) is not None:
                 stores[part] = store
-                self._trainable(store, np.ones(len(store.categories), dtype=np.bool_), part)
-                unnamed = store.report.counts.get("image.name")
-                if unnamed:
-                    text = (
-                        f"{unnamed} of {len(store)} images have neither file_name nor coco_url: they can be scored with "
-                        "eval --results, not trained on or predicted"
-                    )
-                    self.add(part, "error", text, "write each image's file_name")
-                elif (
-                    path.is_dir() or found.format != "COCO JSON" or _any_image(store, source.images)
-                ):
-                    self._images(store, source.images, "images" if not name else part, exact=True)
+                self._trainable(store, part)
+                unnamed = "image.name" in store.report.counts
+                near = path.is_dir() or found.format != "COCO JSON" or unnamed
+                if near or _any_image(store, source.roots):
+                    self._images(store, source.roots, "images" if not name else part, exact=True)
                 elif len(store):
-                    text = f"not checked: none of them is in {first_of(source.images)}"
+                    text = f"not checked: none of them is in {first_of(source.roots)}"
                     advice = "name the folder of both, or a dataset config: proxydet data init --images FOLDER"
                     self.add("images", "warning", text, advice)
                     self.unchecked.append("images (none is next to the file)")
             if name == [*found.parts][-1]:
-                roots = {part: found.parts[part if name else ""].images for part in stores}
-                self._compare(stores, roots)
+                roots = {part: found.parts[part if name else ""].roots for part in stores}
+                for other, text, advice in compare_parts(stores, roots):
+                    self.add(other, "warning", text, advice)
             if not path.is_dir() or len(found.parts) == 1:
                 reports.append(self.report(str(path)))
             else:
                 reports.append(self.report(f"{path}, {part}"))
         return reports
 
-    def _compare(
-        self,
-        stores: dict[str, AnnotationStore],
-        roots: dict[str, tuple[Path, ...]],
-        base_names: frozenset[str] | None = None,
-    ) -> None:
-        for part, text, advice in compare_parts(stores, roots, base_names):
-            self.add(part, "warning", text, advice)
-
     def dataset(self, description: DatasetConfig) -> CheckReport:
         """Check a data set."""
         stores: dict[str, AnnotationStore] = {}
+        data = Dataset(config=description, cache=self.cache, progress=self.progress, warn=False)
         for split in PARTS:
             if getattr(description, split) is None:
                 if split != "test":
@@ -392,8 +375,8 @@ class _Checker:
                     self.add("val", "warning", "there is no [val]: evaluation has no part", advice)
                 continue
             spec = description.split(split)
-            store = self._store(spec.source, split)
-            if store is not None:
+            opened = partial(data.opened, split)
+            if (store := self._store(split, spec.annotations, opened)) is not None:
                 stores[split] = store
                 self._images(store, spec.roots, split, exact=split == "train")
         if all(getattr(description, part) is None for part in PARTS):
@@ -401,7 +384,7 @@ class _Checker:
         if not stores:
             return self.report(description.name)
         try:
-            vocabulary = Dataset(config=description, cache=self.cache, warn=False).vocabulary
+            vocabulary = data.vocabulary
             if "train" in stores:
                 vocabulary.require_plain()
             names = vocabulary.reported
@@ -413,20 +396,20 @@ class _Checker:
         self.add("vocabulary", "ok", f"{classes}, {int((~vocabulary.base).sum())} of them novel")
         roots = {split: description.split(split).roots for split in stores}
         base = frozenset(n for n, b in zip(vocabulary.names, vocabulary.base, strict=True) if b)
-        self._compare(stores, roots, base)
+        for part, text, advice in compare_parts(stores, roots, base):
+            self.add(part, "warning", text, advice)
         if "train" in stores:
-            self._trainable(stores["train"], vocabulary.base[rows_K["train"]], "train")
+            self._trainable(stores["train"], "train", vocabulary.base[rows_K["train"]])
             if description.image_labels is not None:
                 self._labels(description.image_labels, vocabulary, stores["train"])
         return self.report(description.name)
 
-    def _store(self, source: AnnotationSource, part: str) -> AnnotationStore | None:
-        """Read annotations, and say what is used, mended and dropped; None where they are refused."""
-        path = source.path
+    def _store(
+        self, part: str, path: Path, opened: Callable[[], AnnotationStore]
+    ) -> AnnotationStore | None:
+        """Open annotations, and say what is used, mended and dropped; None where they are refused."""
         try:
-            store = AnnotationStore.open(
-                source, cache=self.cache, progress=self.progress, warn=False
-            )
+            store = opened()
             report = store.report
             text = (
                 f"{path.name} ({store.format}): {counted(report.images_kept, 'image')}, "
@@ -489,6 +472,8 @@ class _Checker:
             require_distinct_files(store, roots)
         except InputError as error:
             self.failed(part, error)
+            if "image.name" in store.report.counts:
+                return  # an image without a name has no file to look for
         check = open_annotated_image if self.decode else check_annotated_image
         problems = self._problems(
             part, len(store), lambda row: check(store.record(row), roots, True if exact else None)
@@ -526,15 +511,13 @@ class _Checker:
                         problems.append(found)
         return problems
 
-    def _trainable(self, store: AnnotationStore, base_K: npt.NDArray[np.bool_], part: str) -> None:
-        if not store.trainable(base_K).any():
-            novel = "" if base_K.all() else "novel classes, "
-            text = (
-                f"none of the {store.report.annotations_kept} annotations can be trained on: {novel}crowds and boxes "
-                "without extent or outside their image are left out"
-            )
-            fewer = ", or name fewer novel classes: proxydet data stats" if novel else ""
-            self.add(part, "error", text, f"correct the boxes{fewer}")
+    def _trainable(
+        self, store: AnnotationStore, part: str, base_K: npt.NDArray[np.bool_] | None = None
+    ) -> None:
+        try:
+            store.require_trainable(base_K)
+        except InputError as error:
+            self.failed(part, error)
 
     def _labels(self, spec: ImageLabelSpec, vocabulary: Vocabulary, store: AnnotationStore) -> None:
         part = "image_labels"

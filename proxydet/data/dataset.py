@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from proxydet.artifacts import how_to_get
 from proxydet.config import from_mapping, parse_toml
-from proxydet.data.store import AnnotationSource, AnnotationStore
+from proxydet.data.records import AnnotationSource, WithImages
+from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, VocabularyError
-from proxydet.extensions import require_python_path
 from proxydet.files import read_text
 from proxydet.paths import datasets_folder, did_you_mean
 from proxydet.reporting import SILENT, Progress
@@ -68,75 +68,8 @@ def names_annotations(path: Path) -> bool:
     return path.suffix.lower() != ".toml"
 
 
-class _Images:
-    images: Path | tuple[Path, ...]
-
-    @property
-    def roots(self) -> tuple[Path, ...]:
-        """The image folders."""
-        return self.images if isinstance(self.images, tuple) else (self.images,)
-
-
 @dataclass(frozen=True, kw_only=True)
-class SplitSpec(_Images):
-    """The table ``[train]`` or ``[val]``: annotated images."""
-
-    annotations: Path
-    """A file or folder of any format of ``docs/reference/annotation-files.md``."""
-
-    images: Path | tuple[Path, ...]
-    """Folder of the images, or a list of folders that are searched in this order."""
-
-    part: str | None = None
-    """Of annotations that hold several parts: ``train``, ``val`` or ``test`` of a YOLO ``data.yaml``, or a subset of a
-    CVAT file. Without it all of them."""
-
-    share: tuple[float, float] | None = None
-    """From and to which fraction of the images, as ``[0.0, 0.8]`` and ``[0.8, 1.0]`` of annotations that are not split.
-    A hash of each image's name and of ``seed`` decides their order."""
-
-    seed: int = 0
-    """Decides which images are in the ``share``."""
-
-    reader: str | None = None
-    """Python path of a reader of your own for ``annotations`` of another format, such as ``mypackage.formats:read``."""
-
-    def __post_init__(self) -> None:
-        if self.reader is not None:
-            require_python_path(self.reader, "reader")
-        if self.share is not None and not 0 <= self.share[0] < self.share[1] <= 1:
-            low, high = self.share
-            raise ConfigError(
-                f"share must be two fractions from 0 to 1, the lower first, not [{low}, {high}]"
-            )
-
-    @classmethod
-    def of(cls, source: AnnotationSource) -> SplitSpec:
-        """Return the table that names annotations."""
-        return cls(
-            annotations=source.path,
-            images=source.images or source.path.parent,
-            part=source.part,
-            share=source.share,
-            seed=source.seed,
-            reader=source.reader,
-        )
-
-    @property
-    def source(self) -> AnnotationSource:
-        """What `AnnotationStore.open` takes."""
-        return AnnotationSource(
-            path=self.annotations,
-            images=self.roots,
-            part=self.part,
-            share=self.share,
-            seed=self.seed,
-            reader=self.reader,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageLabelSpec(_Images):
+class ImageLabelSpec(WithImages):
     """The table ``[image_labels]``: images of which only the class is known."""
 
     tars: Path | None = None
@@ -172,13 +105,13 @@ class DatasetConfig:
     vocabulary: VocabularySpec | None = None
     """Classes; what only counts or draws annotations does without, and takes the annotations' own categories."""
 
-    train: SplitSpec | None = None
+    train: AnnotationSource | None = None
     """Annotated images to train on."""
 
-    val: SplitSpec | None = None
+    val: AnnotationSource | None = None
     """Annotated images to evaluate on."""
 
-    test: SplitSpec | None = None
+    test: AnnotationSource | None = None
     """Annotated images for a last evaluation (``eval --split test``)."""
 
     image_labels: ImageLabelSpec | None = None
@@ -238,13 +171,13 @@ class DatasetConfig:
             )
         return self.vocabulary
 
-    def split(self, name: str) -> SplitSpec:
+    def split(self, name: str) -> AnnotationSource:
         """Return the split ``name``.
 
         Raises:
             DataError: it is none of ``train``, ``val`` and ``test``, or the config has no such table.
         """
-        found: SplitSpec | None = getattr(self, name) if name in PARTS else None
+        found: AnnotationSource | None = getattr(self, name) if name in PARTS else None
         if found is None:
             there = " or ".join(part for part in PARTS if getattr(self, part) is not None)
             why = f"the data set {self.name!r} has no [{name}] table"
@@ -319,26 +252,30 @@ class Dataset:
     def _stores(self) -> dict[str, AnnotationStore]:
         return {}
 
-    def store(self, split: str) -> AnnotationStore:
-        """Return the annotations of ``train`` or ``val``.
+    def opened(self, split: str) -> AnnotationStore:
+        """Return the annotations of ``train``, ``val`` or ``test``, which may hold nothing to use.
 
         Raises:
-            DataError: the config has no such split, or its annotation file cannot be read or has nothing to use.
+            DataError: the config has no such split, or its annotations cannot be read.
         """
         if split not in self._stores:
-            source = self.config.split(split).source
-            if self.config.vocabulary is not None and not source.path.exists():
+            source = self.config.split(split)
+            if self.config.vocabulary is not None and not source.annotations.exists():
                 raise DataError(
-                    f"there are no annotations {source.path}, which the dataset config names",
+                    f"there are no annotations {source.annotations}, which the dataset config names",
                     hint=f"correct 'annotations' under [{split}]; it is relative to the dataset config's folder",
-                    path=source.path,
+                    path=source.annotations,
                 )
-            store = AnnotationStore.open(
+            self._stores[split] = AnnotationStore.open(
                 source, cache=self.cache, progress=self.progress, warn=self.warn
             )
-            store.require_objects(groups=split != "train")
-            self._stores[split] = store
         return self._stores[split]
+
+    def store(self, split: str) -> AnnotationStore:
+        """Return the annotations of a split as `opened` does; DataError where they have nothing to use."""
+        store = self.opened(split)
+        store.require_objects(groups=split != "train")
+        return store
 
     @property
     def named_store(self) -> AnnotationStore:
@@ -542,7 +479,9 @@ def published_split(name: str, *, with_images: bool = True) -> DatasetConfig:
             encoder="ViT-B/32",
         ),
         # LVIS names an image by its folder, COCO without.
-        val=SplitSpec(annotations=root / split.annotations, images=(folders[0].parent, *folders)),
+        val=AnnotationSource(
+            annotations=root / split.annotations, images=(folders[0].parent, *folders)
+        ),
     )
 
 

@@ -356,37 +356,34 @@ class _Image(NamedTuple):
     gzipped: bool
 
 
-class _Scan(NamedTuple):
-    images: list[_Image]
-    unreadable: list[str]
-    damage: str
-
-
 def _build(target: Path, folder: Path, tars: Sequence[str], progress: Progress) -> None:
     paths = [folder / name for name in tars]
     processes = min(os.cpu_count() or 1, _MOST_PROCESSES, len(paths))
-    scans: list[_Scan] = []
     images: list[_Image] = []
+    of_tar: list[int] = []  # how many are in each
+    unreadable: list[str] = []
+    damaged: list[str] = []
     with ExitStack() as stack:
         task = stack.enter_context(progress.task("indexing tars", total=len(paths), unit="tars"))
-        scanned: Iterator[_Scan] = map(_scan, paths)
+        scanned: Iterator[tuple[list[_Image], list[str], str]] = map(_scan, paths)
         if processes > 1:
             pool = stack.enter_context(ProcessPoolExecutor(processes, initializer=quiet_worker))
             scanned = pool.map(_scan, paths)
-        for scan in scanned:
-            scans.append(scan)
-            images += scan.images
+        for tar, (found, lines, damage) in zip(tars, scanned, strict=True):
+            images += found
+            of_tar.append(len(found))
+            unreadable += [f"{tar}/{line}" for line in lines]
+            damaged += [f"{tar}: {damage}"] if damage else []
             task.advance(images=len(images))
-    by_tar = list(zip(tars, scans, strict=True))
     report = TarReport(
         images=len(images),
         gzipped=sum(image.gzipped for image in images),
-        unreadable=[f"{tar}/{line}" for tar, scan in by_tar for line in scan.unreadable],
-        damaged=[f"{tar}: {scan.damage}" for tar, scan in by_tar if scan.damage],
-        empty=[tar for tar, scan in by_tar if not scan.images],
+        unreadable=unreadable,
+        damaged=damaged,
+        empty=[tar for tar, count in zip(tars, of_tar, strict=True) if not count],
     )
     names = [image.name.encode("utf-8", "surrogateescape") for image in images]
-    tar_I = np.repeat(np.arange(len(scans), dtype=np.int32), [len(s.images) for s in scans])
+    tar_I = np.repeat(np.arange(len(tars), dtype=np.int32), of_tar)
     with ColumnWriter(target) as writer:
         writer.add("tar", tar_I)
         writer.add("offset", np.array([image.offset for image in images], dtype=np.int64))
@@ -398,8 +395,8 @@ def _build(target: Path, folder: Path, tars: Sequence[str], progress: Progress) 
         writer.finish(kind=_KIND, version=_VERSION, meta=_Meta(str(folder), list(tars), report))
 
 
-def _scan(path: Path) -> _Scan:
-    """List the images of a tar; one that is cut short gives those before the cut, and why in ``damage``."""
+def _scan(path: Path) -> tuple[list[_Image], list[str], str]:
+    """Return the images of a tar, members that cannot be read, and why it is cut short: it gives what is before the cut."""
     images: list[_Image] = []
     unreadable: list[str] = []
     damage = ""
@@ -417,7 +414,7 @@ def _scan(path: Path) -> _Scan:
                     unreadable.append(f"{member.name}: {error.message}")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         damage = str(error)
-    return _Scan(images, unreadable, damage)
+    return images, unreadable, damage
 
 
 def _image(file: _TarFile, member: tarfile.TarInfo) -> _Image:

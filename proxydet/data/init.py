@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from proxydet.config import parse_toml
 from proxydet.data.check import compare_parts
-from proxydet.data.dataset import SplitSpec
 from proxydet.data.images import found_image, images_below
+from proxydet.data.records import AnnotationSource
 from proxydet.data.sources import FoundData, look
-from proxydet.data.store import AnnotationSource, AnnotationStore, share_positions
+from proxydet.data.store import AnnotationStore, share_positions
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.files import write_text
 from proxydet.reporting import SILENT, Progress
@@ -129,10 +129,6 @@ def init_dataset(
             f"the share for validation is {val_share}",
             hint="it is above 0 and below 1, such as 0.2",
         )
-    if not path.exists():
-        raise DataError(
-            f"there is no file or folder {path}", hint="name the folder of your data set", path=path
-        )
     for folder in images:
         if not folder.is_dir():
             raise DataError(
@@ -155,7 +151,7 @@ def init_dataset(
     for part, source in found.parts.items():
         sources[part], more = _with_used_folders(source, stores[part], path)
         notes += more
-    folders = list(dict.fromkeys(folder for source in sources.values() for folder in source.images))
+    folders = list(dict.fromkeys(folder for source in sources.values() for folder in source.roots))
     there = len({image for folder in folders for image in images_below(folder)})
     if (over := there - sum(map(len, stores.values()))) > 0:
         why = "not annotated or left out" if found.left_out else "not annotated"
@@ -170,18 +166,11 @@ def init_dataset(
         part: AnnotationStore.open(source, cache=cache, progress=progress, warn=False)
         for part, source in sources.items()
     }
-    train = stores["train"]
-    if not train.trainable(np.ones(len(train.categories), dtype=np.bool_)).any():
-        raise DataError(
-            f"none of the {counted(train.report.annotations_kept, 'object')} of {sources['train'].path} can be trained on: "
-            "crowds, and boxes without extent or outside their image",
-            hint=f"correct the boxes: proxydet data check {shlex.quote(str(path))}",
-            path=path,
-        )
+    stores["train"].require_trainable()
     notes += [
         f"{text} ({advice})"
         for _, text, advice in compare_parts(
-            stores, {part: source.images for part, source in sources.items()}
+            stores, {part: source.roots for part, source in sources.items()}
         )
     ]
     base = output.resolve().parent
@@ -235,7 +224,7 @@ def _with_used_folders(
     """Return a source with the folders in which its images are, and what to say of images that are missing or left over."""
     missing = [store.file_name(row) for row in range(len(store))]
     used: list[Path] = []
-    for folder in source.images or (source.path.parent,):
+    for folder in source.roots:
         absent = [name for name in missing if found_image(name, [folder]) is None]
         if len(absent) < len(missing):
             used.append(folder)
@@ -243,20 +232,20 @@ def _with_used_folders(
         if not missing:
             break
     if missing and not used:
-        places = first_of([str(folder) for folder in source.images], 3)
+        places = first_of([str(folder) for folder in source.roots], 3)
         raise DataError(
-            f"none of the {counted(len(store), 'image')} of {source.path} is there, e.g. {missing[0]!r}"
+            f"none of the {counted(len(store), 'image')} of {source.annotations} is there, e.g. {missing[0]!r}"
             + (f"; looked in {places}" if places else ""),
             hint=f"name their folder: proxydet data init {shlex.quote(str(path))} --images FOLDER",
-            path=source.path,
+            path=source.annotations,
         )
     notes = []
     if missing:
         notes.append(
-            f"{len(missing)} of {len(store)} images of {source.path} are missing, e.g. {missing[0]!r}: data check "
+            f"{len(missing)} of {len(store)} images of {source.annotations} are missing, e.g. {missing[0]!r}: data check "
             "reports this as an error, and training needs data.unreadable_images=skip, or annotations without them"
         )
-    return AnnotationSource(path=source.path, images=tuple(used), part=source.part), notes
+    return replace(source, images=tuple(used)), notes
 
 
 def _split(
@@ -312,9 +301,7 @@ def _split(
             f"{2 * present - reached} of {present} classes are in one of the two parts only: they have too few images"
         )
     parts = {
-        name: AnnotationSource(
-            path=source.path, images=source.images, part=source.part, share=share, seed=best
-        )
+        name: replace(source, share=share, seed=best)
         for name, share in (("train", (0.0, edge)), ("val", (edge, 1.0)))
     }
     return (
@@ -328,7 +315,13 @@ def _embedded(
 ) -> tuple[Vocabulary | None, str]:
     """Return the classes with embeddings and what made these; None where nothing is there to make them."""
     if closed:
-        return Vocabulary.from_arrays(names, _directions(len(names))), "without a text encoder"
+        # Fixed directions, at right angles where there are no more of them than dimensions.
+        count = max(len(names), _DIMENSION)
+        drawn = np.random.default_rng(0).standard_normal((count, _DIMENSION))
+        if count == _DIMENSION:
+            drawn = np.linalg.qr(drawn)[0]
+        rows_CD = drawn[: len(names)] / np.linalg.norm(drawn[: len(names)], axis=1, keepdims=True)
+        return Vocabulary.from_arrays(names, rows_CD.astype(np.float32)), "without a text encoder"
     try:
         opened = open_encoder(encoder, progress=progress)
     except VocabularyError:
@@ -354,16 +347,6 @@ def _embedded(
         return None, ""
     table = np.stack([rows[name] for name in names])
     return Vocabulary.from_arrays(names, table), f"the published embeddings of {', '.join(used)}"
-
-
-def _directions(count: int) -> npt.NDArray[np.float32]:
-    """Return fixed directions, (count, 512), at right angles where there are no more of them than dimensions."""
-    drawn = np.random.default_rng(0).standard_normal((max(count, _DIMENSION), _DIMENSION))
-    if count <= _DIMENSION:
-        drawn = np.linalg.qr(drawn[:_DIMENSION])[0]
-    rows = drawn[:count] / np.linalg.norm(drawn[:count], axis=1, keepdims=True)
-    directions: npt.NDArray[np.float32] = rows.astype(np.float32)
-    return directions
 
 
 def _relative(path: Path, base: Path) -> str:
@@ -394,8 +377,12 @@ def _config_text(
         "names = [" + ", ".join(json_text(class_name) for class_name in names) + "]",
     ]
     for part, source in sources.items():
-        roots = [json_text(_relative(folder, base)) for folder in SplitSpec.of(source).roots]
-        lines += ["", f"[{part}]", f"annotations = {json_text(_relative(source.path, base))}"]
+        roots = [json_text(_relative(folder, base)) for folder in source.roots]
+        lines += [
+            "",
+            f"[{part}]",
+            f"annotations = {json_text(_relative(source.annotations, base))}",
+        ]
         lines += [f"images = {roots[0] if len(roots) == 1 else '[' + ', '.join(roots) + ']'}"]
         lines += [f"part = {json_text(source.part)}"] if source.part else []
         if source.share is not None:

@@ -559,13 +559,8 @@ class TrainingSources(Dataset[Any]):
                     f"the data set has no images to train on in its part {name!r}",
                     hint="see what is in it with: proxydet data check",
                 )
-        if not self.usable_A.any():
-            # Training would end well and have learnt that nothing is ever there.
-            raise DataError(
-                f"{store.source_name} has no object to train on among its {store.report.annotations_kept} annotations: "
-                "crowds, novel classes, and boxes without extent or outside their image are left out",
-                hint="see what is in it with: proxydet data stats",
-            )
+        # Without, training would end well and have learnt that nothing is ever there.
+        store.require_trainable(self.targets.base_C[self.targets.rows_K])
         settings: dict[str, SourceConfig] = {name: getattr(config, name) for name in self.images}
         ratios = [source.ratio for source in settings.values()]
         weights = image_weights(list(factors.values()), ratios)

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.data.masks import RunLengths
-from proxydet.errors import DataError
+from proxydet.errors import ConfigError, DataError
+from proxydet.extensions import require_python_path
 from proxydet.wording import counted
 
 Identifier = int | str
@@ -98,18 +99,75 @@ def image_name(image: ImageEntry) -> str:
     return name
 
 
-class Flaw(msgspec.Struct, frozen=True):
-    """A record that is dropped.
+class Unusable(msgspec.Struct, frozen=True):
+    """A record that is not read, by the key of its deviation in `DEVIATIONS`, which says what happens.
 
     Attributes:
-        key: The deviation.
+        deviation: The key.
         which: Its id, or its position.
         file_name: Of an image, where it has one.
     """
 
-    key: str
+    deviation: str
     which: str
     file_name: str = ""
+
+
+Format = Literal[
+    "COCO JSON", "Pascal VOC", "YOLO", "labelme", "VGG VIA", "CVAT XML", "Label Studio JSON"
+]
+
+
+class WithImages:
+    """Something whose images are in one folder or several."""
+
+    images: Path | tuple[Path, ...]
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The image folders."""
+        return self.images if isinstance(self.images, tuple) else (self.images,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotationSource(WithImages):
+    """Annotations, and what of them is meant: the tables ``[train]``, ``[val]`` and ``[test]`` of a dataset config."""
+
+    annotations: Path
+    """A file or folder of any format of ``docs/reference/annotation-files.md``."""
+
+    images: Path | tuple[Path, ...]
+    """Folder of the images, or a list of folders that are searched in this order; without any, those next to annotations
+    whose format has no rule for them and may not hold sizes."""
+
+    part: str | None = None
+    """Of annotations that hold several parts: ``train``, ``val`` or ``test`` of a YOLO ``data.yaml``, or a subset of a CVAT
+    file (``val``: all subsets with a word for it, ``Validation`` and ``dev``). Without it all of them."""
+
+    share: tuple[float, float] | None = None
+    """From and to which fraction of the images, as ``[0.0, 0.8]`` and ``[0.8, 1.0]`` of annotations that are not split.
+    A hash of each image's name and of ``seed`` decides their order."""
+
+    seed: int = 0
+    """Decides which images are in the ``share``."""
+
+    format: Format | None = None
+    """Name of the format; without it names and first bytes decide, when the annotations are opened."""
+
+    reader: str | None = None
+    """Python path of a reader of your own for ``annotations`` of another format, such as ``mypackage.formats:read``:
+    a function of the file or folder and the folders of its images, ``read(path, images) -> Document``."""
+
+    def __post_init__(self) -> None:
+        if self.reader is not None:
+            require_python_path(self.reader, "reader")
+            if self.format is not None:
+                raise ConfigError("format and reader exclude each other", hint="leave one out")
+        if self.share is not None and not 0 <= self.share[0] < self.share[1] <= 1:
+            low, high = self.share
+            raise ConfigError(
+                f"share must be two fractions from 0 to 1, the lower first, not [{low}, {high}]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +185,8 @@ class Document:
 
     format: str
     categories: list[CategoryEntry]
-    images: list[ImageEntry | Flaw]
-    annotations: Iterator[list[AnnotationEntry | Flaw]]
+    images: list[ImageEntry | Unusable]
+    annotations: Iterator[list[AnnotationEntry | Unusable]]
     record: str = "annotation"
     called: Callable[[Identifier], str] | None = None
 
@@ -142,11 +200,11 @@ def identifier(value: object) -> Identifier | None:
     return value if isinstance(value, str) and value else None
 
 
-def owners(fields: dict[str, Any], which: str) -> dict[str, Any] | Flaw:
-    """Return ``image_id`` and ``category_id`` of a record, or the flaw of one of which they cannot be read."""
+def owners(fields: dict[str, Any], which: str) -> dict[str, Any] | Unusable:
+    """Return ``image_id`` and ``category_id`` of a record, or the one of which they cannot be read."""
     found = {name: identifier(fields.get(name)) for name in ("image_id", "category_id")}
     missing = next((name for name, value in found.items() if value is None), None)
-    return found if missing is None else Flaw(f"annotation.{missing}", which)
+    return found if missing is None else Unusable(f"annotation.{missing}", which)
 
 
 def other_spelling(value: Identifier) -> Identifier | None:

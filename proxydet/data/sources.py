@@ -12,19 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import get_args
 
-from proxydet.data.dataset import DatasetConfig, SplitSpec, names_annotations
+from proxydet.data.dataset import DatasetConfig, names_annotations
 from proxydet.data.formats import cvat, voc, yolo
 from proxydet.data.formats.collected import part_of_word
 from proxydet.data.images import readable_suffixes
-from proxydet.data.store import (
-    SNIFFED,
-    AnnotationSource,
-    Format,
-    format_of,
-    head_of,
-    near,
-    recognise,
-)
+from proxydet.data.records import AnnotationSource, Format
+from proxydet.data.store import SNIFFED, format_of, head_of, near, recognise
 from proxydet.errors import DataError
 from proxydet.files import (
     PlaceholderError,
@@ -142,7 +135,7 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
             word = name or part  # a file's own parts go before the word that its folder is called
             if word in parts:
                 raise DataError(
-                    f"{path} holds several annotations of {word}: {parts[word].path}, {place}",
+                    f"{path} holds several annotations of {word}: {parts[word].annotations}, {place}",
                     hint=f"name one of them, such as: proxydet data init {shlex.quote(str(place))}",
                     path=path,
                 )
@@ -173,9 +166,9 @@ def open_config(path: Path | str, images: Sequence[Path] = ()) -> DatasetConfig:
     if not names_annotations(path):
         return DatasetConfig.from_toml(path)
     found = look(path, images).parts if path.exists() else {}
-    splits = {name or "train": SplitSpec.of(source) for name, source in found.items()}
+    splits = {name or "train": source for name, source in found.items()}
     # What is absent is reported where it is opened.
-    absent = SplitSpec(annotations=path, images=tuple(images) or path.parent)
+    absent = AnnotationSource(annotations=path, images=tuple(images) or path.parent)
     return DatasetConfig(
         name=path.stem,
         train=splits.get("train") if splits else absent,
@@ -199,12 +192,9 @@ def holds_annotations(folder: Path) -> bool:
     return bool(found or damaged)
 
 
-def image_folders(path: Path) -> tuple[Path, ...]:
-    """Return the folders in which the format has its images; none where it has no rule for it."""
-    found = format_of(path)
+def _image_folders(path: Path, found: Format) -> tuple[Path, ...]:
+    """Return the folders in which a format has its images; none where it has no rule for it."""
     if found == "YOLO":
-        if path.suffix.lower() in yolo.YAML:
-            return _folders_of([place for part in yolo.parts(path).values() for place in part])
         return (yolo.folders(path)[1],) if path.is_dir() else yolo.list_roots(path)
     if found == "Pascal VOC":
         folder = voc.image_folder(path)
@@ -216,16 +206,16 @@ def _parts_of_file(
     path: Path, found: Format, root: Path, images: Sequence[Path], unsearched: dict[str, None]
 ) -> tuple[dict[str, AnnotationSource], tuple[str, ...]]:
     """Return the parts that one file or folder holds: one, or those that a data.yaml or a CVAT project names; and what else."""
-    names: list[str] = []
     if path.suffix.lower() in yolo.YAML:
         places = yolo.parts(path)
         of_config: dict[str, AnnotationSource] = {}
         for name, listed in places.items():
-            if listed not in [
-                places[other] for other in of_config
-            ]:  # one folder for both is no split
+            # One folder for two parts is not a split.
+            if all(listed != places[other] for other in of_config):
                 roots = tuple(images) or _folders_of(listed)
-                of_config[name] = AnnotationSource(path=path, part=name, images=roots)
+                of_config[name] = AnnotationSource(
+                    annotations=path, part=name, images=roots, format=found
+                )
         if not of_config:
             raise DataError(
                 f"{path} names no images: its train, val and test are empty",
@@ -233,27 +223,21 @@ def _parts_of_file(
                 path=path,
             )
         return of_config, ()
-    if found == "CVAT XML":
-        names = cvat.parts(path)
 
-    def folders(part: str) -> tuple[Path, ...]:
-        return (
-            tuple(images) or image_folders(path) or _image_candidates(path, root, part, unsearched)
-        )
+    def source(word: str, part: str | None = None) -> AnnotationSource:
+        own = tuple(images) or _image_folders(path, found)
+        folders = own or _image_candidates(path, root, word, unsearched)
+        return AnnotationSource(annotations=path, images=folders, part=part, format=found)
 
+    names = cvat.parts(path) if found == "CVAT XML" else []
     by_word: dict[str, list[str]] = {}
     for name in names:
         by_word.setdefault(part_of_word(name), []).append(name)
     others = by_word.pop("", [])
     if sum(map(bool, names)) < 2 or not by_word:
         part = _part_of(path, root) if path.is_relative_to(root) else ""
-        return {"": AnnotationSource(path=path, images=folders(part))}, ()
-    held = {
-        word: AnnotationSource(
-            path=path, images=folders(word), part=called[0] if len(called) == 1 else word
-        )
-        for word, called in by_word.items()
-    }
+        return {"": source(part)}, ()
+    held = {w: source(w, called[0] if len(called) == 1 else w) for w, called in by_word.items()}
     rest = (
         f"subset {name!r} of {path}" if name else f"what has no subset in {path}" for name in others
     )
@@ -270,11 +254,12 @@ def _folders_of(places: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _damage(path: Path) -> str:
-    """Return why a file of annotations cannot be one, by its first bytes; empty where they do not say."""
+def _damage(path: Path, head: bytes) -> str:
+    """Return why a file of annotations cannot be one, by its first bytes (`head_of`); empty where they do not say."""
+    head = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     try:
-        open_regular(path).close()
-        head = head_of(path).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if not head:
+            open_regular(path).close()
         refuse_placeholder(head)
     except OSError as error:
         return str(error.strerror or error)
@@ -313,13 +298,14 @@ def _candidates(
         configs += [p for end in yolo.YAML for p in by_end.get(end, ()) if yolo.is_config(p)]
         if folder.parts[-2:] == ("ImageSets", "Main"):
             lists = [folder / f"{w}.txt" for w in ("train", "val", "test") if f"{w}.txt" in names]
-            damaged |= {file: why for file in lists if (why := _damage(file))}
+            damaged |= {file: why for file in lists if (why := _damage(file, head_of(file)))}
         for end, kinds in _KINDS.items():
             seen: set[Format | None] = set()
             for file in by_end.get(end, ())[:SNIFFED]:
-                if (end != ".gz" or file.stem.endswith(".json")) and (why := _damage(file)):
+                head = head_of(file)
+                if (end != ".gz" or file.stem.endswith(".json")) and (why := _damage(file, head)):
                     damaged[file] = why
-                kind = recognise(head_of(file))
+                kind = recognise(head)
                 seen.add(kind)
                 if kind is None or kind not in kinds:
                     continue

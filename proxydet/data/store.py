@@ -24,7 +24,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -34,19 +34,22 @@ from pycocotools import mask as coco_mask
 from proxydet.data import masks
 from proxydet.data.formats import coco, cvat, label_studio, labelme, via, voc, yolo
 from proxydet.data.formats.coco import no_garbage_collection
-from proxydet.data.images import files_below, images_below, readable_suffixes
+from proxydet.data.formats.collected import below
+from proxydet.data.images import files_below, readable_suffixes
 from proxydet.data.records import (
     DAMAGED_MASK,
     LABEL_LISTS,
     MOST_CATEGORIES,
     AnnotationEntry,
+    AnnotationSource,
     BoxConvention,
     CategoryEntry,
     Document,
-    Flaw,
+    Format,
     Identifier,
     ImageEntry,
     StoreReport,
+    Unusable,
     image_name,
     line_of,
     other_spelling,
@@ -73,9 +76,6 @@ from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
 from proxydet.wording import counted, first_of
 
-Format = Literal[
-    "COCO JSON", "Pascal VOC", "YOLO", "labelme", "VGG VIA", "CVAT XML", "Label Studio JSON"
-]
 _HEAD = 1 << 16
 _END = 1 << 12
 _REMEMBERED = 1 << 20
@@ -250,29 +250,30 @@ class ColumnFile:
 # --- What a path means -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnnotationSource:
-    """Annotations, and what of them is meant."""
+class _Reader(NamedTuple):
+    """How annotations of a format are read.
 
-    path: Path
-    """A file or folder of any format that `format_of` knows."""
+    Attributes:
+        read: Reads them; deviations of the file are counted in the report.
+        files: Returns the files that it reads, and the images whose sizes it takes, with their names.
+    """
 
-    images: tuple[Path, ...] = ()
-    """Folders of the images, for formats that do not hold their sizes; without any, those that belong to the path."""
+    read: Callable[[AnnotationSource, StoreReport], Document]
+    files: Callable[[AnnotationSource], tuple[list[Path], list[tuple[str, Path]]]]
 
-    part: str | None = None
-    """Of a ``data.yaml`` of YOLO ``train``, ``val`` or ``test``; of a CVAT project a subset, or one of these for all subsets
-    with a word for it (``val``: ``Validation`` and ``dev``). None means all of it."""
 
-    share: tuple[float, float] | None = None
-    """From and to which fraction of the images, in an order that their names and ``seed`` decide."""
-
-    seed: int = 0
-    """Of ``share``."""
-
-    reader: str | None = None
-    """Python path of a reader of your own, ``read(path, images) -> Document``: a function of the file or folder and the folders
-    of its images. None finds the format out."""
+_READERS: dict[Format | None, _Reader] = {
+    "COCO JSON": _Reader(
+        lambda source, report: coco.read(source.annotations, str(source.annotations), report),
+        lambda source: ([source.annotations], []),
+    ),
+    "Pascal VOC": _Reader(voc.read, lambda source: (voc.files(source.annotations), [])),
+    "YOLO": _Reader(yolo.read, yolo.files),
+    "labelme": _Reader(labelme.read, lambda s: (labelme.files(s.annotations), below(s.roots))),
+    "VGG VIA": _Reader(via.read, lambda source: ([source.annotations], below(source.roots))),
+    "CVAT XML": _Reader(cvat.read, lambda source: ([source.annotations], [])),
+    "Label Studio JSON": _Reader(label_studio.read, lambda s: ([s.annotations], below(s.roots))),
+}
 
 
 def head_of(path: Path) -> bytes:
@@ -343,15 +344,20 @@ def format_of(path: Path) -> Format | None:
     return "COCO JSON" if found in (None, "Pascal VOC", "CVAT XML") else found
 
 
-def with_folders(source: AnnotationSource) -> AnnotationSource:
-    """Return a source with the folders of its images, for formats that may not hold their sizes and without a rule for them."""
-    if (
-        source.images
-        or source.reader
-        or format_of(source.path) not in ("labelme", "VGG VIA", "Label Studio JSON")
-    ):
-        return source
-    return replace(source, images=near(source.path))
+def _resolved(source: AnnotationSource | Path | str) -> AnnotationSource:
+    """Return a source with its format, and with the folders of its images where the format has no rule for them."""
+    meant = (
+        source
+        if isinstance(source, AnnotationSource)
+        else AnnotationSource(annotations=Path(source), images=())
+    )
+    if meant.reader or meant.format:
+        return meant
+    found = format_of(meant.annotations) or "Pascal VOC"  # whose reader reports what is not there
+    images = meant.roots
+    if not images and found in ("labelme", "VGG VIA", "Label Studio JSON"):
+        images = near(meant.annotations)
+    return replace(meant, format=found, images=images)
 
 
 def near(path: Path) -> tuple[Path, ...]:
@@ -364,30 +370,21 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
     """Return a digest of what `_read` reads.
 
     Args:
-        source: The annotations, as of `with_folders`.
+        source: The annotations, as of `_resolved`.
         memory: Folder of remembered digests.
 
     Raises:
         DataError: a file cannot be read, or there is none.
     """
-    found = format_of(source.path) if source.reader is None else "own"
-    images: list[tuple[str, Path]] = []
-    files = [source.path]
-    if source.reader is not None:
+    if source.reader is None:
+        files, images = _READERS[source.format].files(source)
+    else:
         _own_reader(source.reader)
-        images = _below(source.images)
-        if source.path.is_dir():
+        files, images = [source.annotations], below(source.roots)
+        if source.annotations.is_dir():
             ends = tuple(readable_suffixes())
-            below = files_below(source.path, ("",))
-            files = [p for p in below if not p.name.lower().endswith(ends) and p.is_file()]
-    elif found in ("Pascal VOC", None):
-        files = voc.files(source.path)
-    elif found == "labelme":
-        files, images = labelme.files(source.path), _below(source.images)
-    elif found in ("VGG VIA", "Label Studio JSON"):
-        images = _below(source.images)
-    elif found == "YOLO":
-        files, images = yolo.files(source.path, source.images, source.part)
+            there = files_below(source.annotations, ("",))
+            files = [p for p in there if not p.name.lower().endswith(ends) and p.is_file()]
     if len(files) == 1 and not images:
         hint = "check the path"
         whole = remembered_sha256(files[0], memory, hint=hint, error=DataError)
@@ -397,14 +394,16 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
             with read_errors(file, error=DataError):
                 small = file.stat().st_size < _REMEMBERED
                 own = sha256(file) if small else remembered_sha256(file, memory, error=DataError)
-            digests.append(f"{_called(file, source.path)} {own}")
+            digests.append(f"{_called(file, source.annotations)} {own}")
         listed = "\n".join(digests)
         listed += f"\nimages {_stamp(images, memory)}" if images else ""
         whole = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
     if source.reader is not None:  # another version of it may read something else
         code = source_digests([source.reader])
         whole = hashlib.sha256(f"{whole} {source.reader} {code}".encode()).hexdigest()
-    if found == "Pascal VOC" and voc.first_pixel(source.path) == 0:  # which other files decide
+    if (
+        source.format == "Pascal VOC" and voc.first_pixel(source.annotations) == 0
+    ):  # which other files decide
         whole = hashlib.sha256(f"{whole} from 0".encode()).hexdigest()
     if source.part is None and source.share is None:
         return whole
@@ -459,60 +458,38 @@ def _own_reader(path: str) -> Callable[..., Any]:
     return function
 
 
-def _reported(
-    chunks: Iterator[list[AnnotationEntry | Flaw]], doing: str
-) -> Iterator[list[AnnotationEntry | Flaw]]:
-    with extension_errors(doing):
-        yield from chunks
-
-
 def _called(file: Path, above: Path) -> str:
     inside = file != above and file.is_relative_to(above)
     return file.relative_to(above).as_posix() if inside else file.name
 
 
-def _below(roots: Sequence[Path]) -> list[tuple[str, Path]]:
-    return [
-        (image.relative_to(root).as_posix(), image)
-        for root in roots
-        for image in images_below(root)
-    ]
-
-
-def _read(source: AnnotationSource, name: str, report: StoreReport) -> Document:
+def _read(source: AnnotationSource, report: StoreReport) -> Document:
     """Read annotations; the readers say what they raise.
 
     Args:
-        source: The annotations, as of `with_folders`.
-        name: What to call them in messages.
+        source: The annotations, as of `_resolved`.
         report: Where deviations of the file are counted.
     """
-    found = format_of(source.path) if source.reader is None else None
-    if source.reader is not None:
-        doing = f"reader is {source.reader}: reading {source.path}"
+    if source.reader is None:
+        document = _READERS[source.format].read(source, report)
+    else:
+        doing = f"reader is {source.reader}: reading {source.annotations}"
         with extension_errors(doing):
-            document = _own_reader(source.reader)(source.path, source.images)
+            document = _own_reader(source.reader)(source.annotations, source.roots)
         if not isinstance(document, Document):
             raise ConfigError(
                 f"reader is {source.reader}, which must return a Document; it returned a {type(document).__name__}.",
                 hint="collect objects with proxydet.data.formats.collected.Objects, and return its document(...)",
             )
         document = replace(document, annotations=_reported(document.annotations, doing))
-    elif found in ("Pascal VOC", None):
-        document = voc.read(source.path)
-    elif found == "YOLO":
-        document = yolo.read(source.path, source.images, source.part, report)
-    elif found == "labelme":
-        document = labelme.read(source.path, source.images)
-    elif found == "VGG VIA":
-        document = via.read(source.path, source.images)
-    elif found == "CVAT XML":
-        document = cvat.read(source.path, source.part, report)
-    elif found == "Label Studio JSON":
-        document = label_studio.read(source.path, source.images, report)
-    else:
-        document = coco.read(source.path, name, report)
     return document if source.share is None else _share_of(document, source.share, source.seed)
+
+
+def _reported(
+    chunks: Iterator[list[AnnotationEntry | Unusable]], doing: str
+) -> Iterator[list[AnnotationEntry | Unusable]]:
+    with extension_errors(doing):
+        yield from chunks
 
 
 def share_positions(names: list[str], seed: int) -> dict[str, float]:
@@ -536,18 +513,20 @@ def _share_of(document: Document, share: tuple[float, float], seed: int) -> Docu
     low, high = share
     images = [image for image in document.images if isinstance(image, ImageEntry)]
     place = share_positions([key(image) for image in images], seed)
-    kept: list[ImageEntry | Flaw] = [image for image in images if low <= place[key(image)] < high]
+    kept: list[ImageEntry | Unusable] = [
+        image for image in images if low <= place[key(image)] < high
+    ]
     ids: set[Identifier] = {image.id for image in kept if isinstance(image, ImageEntry)}
     outside: set[Identifier] = {image.id for image in images} - ids
     if low == 0:  # what belongs to no image is counted once
-        kept += [flaw for flaw in document.images if isinstance(flaw, Flaw)]
+        kept += [record for record in document.images if isinstance(record, Unusable)]
 
-    def belongs(entry: AnnotationEntry | Flaw) -> bool:
-        if isinstance(entry, Flaw) or entry.image_id not in ids:
-            return low == 0 and (isinstance(entry, Flaw) or entry.image_id not in outside)
+    def belongs(entry: AnnotationEntry | Unusable) -> bool:
+        if isinstance(entry, Unusable) or entry.image_id not in ids:
+            return low == 0 and (isinstance(entry, Unusable) or entry.image_id not in outside)
         return True
 
-    def annotations() -> Iterator[list[AnnotationEntry | Flaw]]:
+    def annotations() -> Iterator[list[AnnotationEntry | Unusable]]:
         for chunk in document.annotations:
             yield [entry for entry in chunk if belongs(entry)]
 
@@ -680,7 +659,7 @@ class AnnotationStore:
         Raises:
             DataError: the file cannot be read, or is refused: see `proxydet.data.records`.
         """
-        meant = _as_source(source)
+        meant = _resolved(source)
         path = cls.path_for(meant, cache=cache)
         made_here = False
 
@@ -691,17 +670,19 @@ class AnnotationStore:
             if cls.path_for(meant, cache=cache) != target:
                 target.unlink()
                 raise DataError(
-                    f"{meant.path} changed while it was read",
+                    f"{meant.annotations} changed while it was read",
                     hint="run the same command again when nothing writes to it",
-                    path=meant.path,
+                    path=meant.annotations,
                 )
 
         build_once(path, build)
-        store = cls(path, str(meant.path))
+        store = cls(path, str(meant.annotations))
         if warn:
             # Whoever made the store: what a command leaves out, it says.
-            for line in store.report.lines() if made_here else store.report.summary(meant.path):
-                _logger.warning("%s: %s", meant.path.name, line)
+            for line in (
+                store.report.lines() if made_here else store.report.summary(meant.annotations)
+            ):
+                _logger.warning("%s: %s", meant.annotations.name, line)
         return store
 
     @classmethod
@@ -725,7 +706,7 @@ class AnnotationStore:
             DataError: a file cannot be read.
         """
         folder = cache_folder("stores") if cache is None else cache
-        return folder / f"{_digest(_as_source(source), folder)[:32]}-v{STORE_VERSION}.columns"
+        return folder / f"{_digest(_resolved(source), folder)[:32]}-v{STORE_VERSION}.columns"
 
     def __len__(self) -> int:
         return len(self.sizes_I2)
@@ -814,6 +795,25 @@ class AnnotationStore:
         usable: npt.NDArray[np.bool_] = base_K[self.column("category")] & ~self.column("crowd")
         return usable & (box_A4[:, 2:] > box_A4[:, :2]).all(axis=1)
 
+    def require_trainable(self, base_K: npt.NDArray[np.bool_] | None = None) -> None:
+        """Check that there is something to train on.
+
+        Args:
+            base_K: As of `trainable`; None: all categories.
+
+        Raises:
+            DataError: of no annotation, `trainable` is true.
+        """
+        base_K = np.ones(len(self.categories), dtype=np.bool_) if base_K is None else base_K
+        if not self.trainable(base_K).any():
+            novel = "" if base_K.all() else "novel classes, "
+            fewer = ", or name fewer novel classes" if novel else ""
+            raise DataError(
+                f"{self.source_name} has no object to train on among its {self.report.annotations_kept} annotations: "
+                f"{novel}crowds, and boxes without extent or outside their image, are left out",
+                hint=f"correct the boxes{fewer}; count what is there with: proxydet data stats",
+            )
+
     def column(self, name: str) -> npt.NDArray[Any]:
         """Return a column over all annotations.
 
@@ -900,14 +900,8 @@ class AnnotationStore:
         return self._columns.damaged_columns()
 
 
-def _as_source(source: AnnotationSource | Path | str) -> AnnotationSource:
-    return with_folders(
-        source if isinstance(source, AnnotationSource) else AnnotationSource(path=Path(source))
-    )
-
-
 def build_store(
-    source: AnnotationSource | Path | bytes,
+    source: AnnotationSource | bytes,
     target: Path,
     *,
     name: str = "",
@@ -916,7 +910,7 @@ def build_store(
     """Convert annotations.
 
     Args:
-        source: What `AnnotationStore.open` takes, or the bytes of JSON.
+        source: The annotations, with their format, or the bytes of JSON.
         target: The store to write; moved into place when whole.
         name: What to call the annotations in messages; the file's name by default.
         progress: Where to show how far it is.
@@ -924,14 +918,14 @@ def build_store(
     Raises:
         DataError: the annotations cannot be read, or are refused.
     """
-    path = None if isinstance(source, bytes) else _as_source(source).path
+    path = None if isinstance(source, bytes) else source.annotations
     name = name or (str(path) if path is not None else "annotations")
     with no_garbage_collection(), ColumnWriter(target) as writer:
         report = StoreReport()
         if isinstance(source, bytes):
             document = coco.read(source, name, report)
         else:
-            document = _read(_as_source(source), name, report)
+            document = _read(source, report)
         builder = _Builder(document, report, writer, path, name)
         title = f"reading {PurePosixPath(name).name}"
         with progress.task(title, unit="annotations") as task:
@@ -1007,12 +1001,12 @@ class _Builder:
                     self._report.count("category.frequency", [entry.name])
         return ordered
 
-    def _read_images(self, records: Sequence[ImageEntry | Flaw]) -> list[ImageEntry]:
+    def _read_images(self, records: Sequence[ImageEntry | Unusable]) -> list[ImageEntry]:
         report = self._report
         kept: dict[Identifier, ImageEntry] = {}
         for entry in records:
-            if isinstance(entry, Flaw):
-                report.count(entry.key, [entry.which])
+            if isinstance(entry, Unusable):
+                report.count(entry.deviation, [entry.which])
                 self._dropped_images.update([entry.which, other_spelling(entry.which)])
                 self._dropped_names += [entry.file_name] if entry.file_name else []
                 continue
@@ -1081,7 +1075,7 @@ class _Builder:
 
     # Annotations.
 
-    def add(self, records: Sequence[AnnotationEntry | Flaw], start: int) -> None:
+    def add(self, records: Sequence[AnnotationEntry | Unusable], start: int) -> None:
         """Check and collect a chunk of annotations; mend boxes and areas, and clip the boxes.
 
         Args:
@@ -1095,8 +1089,8 @@ class _Builder:
         runs: list[tuple[int, dict[str, Any]]] = []
         with_mask: list[int] = []  # sound or damaged
         for position, entry in enumerate(records, start):
-            if isinstance(entry, Flaw):
-                report.count(entry.key, [entry.which])
+            if isinstance(entry, Unusable):
+                report.count(entry.deviation, [entry.which])
                 continue
             label = entry.id if entry.id is not None else f"position {position}"
             if self._called is not None and entry.id is not None:

@@ -36,9 +36,9 @@ from proxydet.data.records import (
     DAMAGED_MASK,
     DEVIATIONS,
     BoxConvention,
-    Flaw,
     Identifier,
     StoreReport,
+    Unusable,
     fit_by_convention,
     identifier,
     line_of,
@@ -220,12 +220,12 @@ _RUNS = msgspec.json.Decoder(list[masks.RunLengths])
 _SHORTEST_MASK = 4
 
 
-def _loose_row(fields: dict[str, Any], which: str) -> _Row | Flaw:
+def _loose_row(fields: dict[str, Any], which: str) -> _Row | Unusable:
     ids = owners(fields, which)
-    if isinstance(ids, Flaw):
+    if isinstance(ids, Unusable):
         return ids
     if not masks.are_numbers([fields.get("score")]):
-        return Flaw("detection.score", which)
+        return Unusable("detection.score", which)
     box, mask = fields.get("bbox"), fields.get("segmentation")
     if box is not None:
         box = tuple(box) if masks.are_numbers(box, 4) else (math.nan,) * 4
@@ -253,10 +253,10 @@ def _named(text: JsonText, lists: _Object, key: str, name: str) -> list[_Named]:
     """Return the images or categories of a file; DataError where two have one id."""
     of = {"images": "image", "categories": "category"}[key]
 
-    def loosely(fields: dict[str, Any], which: str) -> _Named | Flaw:
+    def loosely(fields: dict[str, Any], which: str) -> _Named | Unusable:
         own_id = identifier(fields.get("id"))
         if own_id is None:
-            return Flaw("image.id" if of == "image" else "category.record", which)
+            return Unusable("image.id" if of == "image" else "category.record", which)
         texts = {k: v for k in ("file_name", "name") if isinstance(v := fields.get(k), str)}
         return _Named(own_id, **texts)
 
@@ -264,8 +264,8 @@ def _named(text: JsonText, lists: _Object, key: str, name: str) -> list[_Named]:
     for record in chain.from_iterable(
         text.records(_Named, loosely, f"{of}.record", text=getattr(lists, key), field=key)
     ):
-        if isinstance(record, Flaw):
-            raise refused(record.key, text.path, name, [record.which])
+        if isinstance(record, Unusable):
+            raise refused(record.deviation, text.path, name, [record.which])
         rows.append(record)
     repeated = [value for value, n in Counter(row.id for row in rows).items() if n > 1]
     if repeated:
@@ -358,7 +358,7 @@ def _categories_of(
 
 
 def _columns(
-    block: list[_Row | Flaw],
+    block: list[_Row | Unusable],
     indexes: tuple[Index, Index],
     reading: _Reading,
     keep_every_mask: bool,
@@ -369,10 +369,10 @@ def _columns(
     rows = cast(list[_Row], block)
     if not set(map(type, block)) <= {_Row}:
         for record in block:
-            if isinstance(record, Flaw):
-                report.count(record.key, [record.which])
-        place_D = place_D[[not isinstance(row, Flaw) for row in block]]
-        rows = [row for row in block if not isinstance(row, Flaw)]
+            if isinstance(record, Unusable):
+                report.count(record.deviation, [record.which])
+        place_D = place_D[[not isinstance(row, Unusable) for row in block]]
+        rows = [row for row in block if not isinstance(row, Unusable)]
     reading.place_D = place_D
     image_D = reading.numbers("image_id", [row.image_id for row in rows], indexes[0])
     category_D = reading.numbers("category_id", [row.category_id for row in rows], indexes[1])

@@ -67,7 +67,7 @@ def run_examples(run: Path) -> tuple[Example, ...]:
         split = DatasetConfig.from_toml(path).split("val")
         if split.annotations.is_file() and split.annotations.stat().st_size > _LARGEST_READ:
             return ()
-        store = AnnotationStore.open(split.source, warn=False)
+        store = AnnotationStore.open(split, warn=False)
         # Of a few images, drawn by a fixed seed, those with the most classes.
         rows = np.random.default_rng(0).permutation(len(store))[: 8 * _MOST]
         records = [store.record(int(row)) for row in rows]

@@ -27,7 +27,8 @@ from proxydet.config import differences, dump_yaml, to_mapping
 from proxydet.data.config import SourceConfig
 from proxydet.data.dataset import Dataset, DatasetConfig, command_that_makes, embedding_dimension
 from proxydet.data.loader import Targets
-from proxydet.data.store import AnnotationSource, AnnotationStore
+from proxydet.data.records import AnnotationSource
+from proxydet.data.store import AnnotationStore
 from proxydet.errors import CheckpointError, DataError, ProxydetError
 from proxydet.files import Lock
 from proxydet.modeling.backbone import build_backbone
@@ -481,7 +482,7 @@ def plan_training(
         usable = needs[-1].present
         for name, split in (("training", description.train), ("validation", description.val)):
             if split is not None:
-                needs.append(_annotations(name, split.source))
+                needs.append(_annotations(name, split, scaled.data.cache))
                 usable = usable and (name != "training" or needs[-1].present)
                 for root in split.roots:
                     need(f"{name} images", root)
@@ -493,10 +494,7 @@ def plan_training(
         if usable and description.train is not None:
             annotations, cache = description.train.annotations, scaled.data.cache
             large = annotations.stat().st_size > _LARGEST_READ
-            if (
-                large
-                and not AnnotationStore.path_for(description.train.source, cache=cache).is_file()
-            ):
+            if large and not AnnotationStore.path_for(description.train, cache=cache).is_file():
                 notes = ["masks        decided when training reads the annotations (data.masks)"]
             else:
                 try:
@@ -551,13 +549,14 @@ def plan_training(
     )
 
 
-def _annotations(split: str, source: AnnotationSource) -> Need:
+def _annotations(split: str, source: AnnotationSource, cache: Path | None) -> Need:
     """Open the annotations of a split as training and evaluation do, unless they are large."""
-    what, path = f"{split} annotations", source.path
+    what, path = f"{split} annotations", source.annotations
     if not path.exists() or path.stat().st_size > _LARGEST_READ:
         return Need(what=what, path=str(path), present=path.exists())
     try:
-        AnnotationStore.open(source, warn=False).require_objects(groups=split != "training")
+        store = AnnotationStore.open(source, cache=cache, warn=False)
+        store.require_objects(groups=split != "training")
     except DataError as error:
         problem = error.message
     else:

@@ -357,7 +357,7 @@ def _same_annotations(earlier: EarlierRun, config: RunConfig) -> bool:
     with contextlib.suppress(ProxydetError):
         train = DatasetConfig.from_toml(path).train
         if train is not None:
-            store = AnnotationStore.path_for(train.source, cache=config.data.cache)
+            store = AnnotationStore.path_for(train, cache=config.data.cache)
             return store.stem.partition("-v")[0] == known.partition("-v")[0]
     return False
 

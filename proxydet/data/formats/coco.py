@@ -34,9 +34,9 @@ from proxydet.data.records import (
     AnnotationEntry,
     CategoryEntry,
     Document,
-    Flaw,
     ImageEntry,
     StoreReport,
+    Unusable,
     identifier,
     owners,
     refused,
@@ -91,8 +91,8 @@ def read(source: Path | bytes, name: str, report: StoreReport) -> Document:
     found = chain.from_iterable(records(CategoryEntry, _loose_category, "category", "categories"))
     categories = [*islice(found, MOST_CATEGORIES + 1)]
     for record in categories:
-        if isinstance(record, Flaw):
-            raise refused(record.key, text.path, name, [record.which])
+        if isinstance(record, Unusable):
+            raise refused(record.deviation, text.path, name, [record.which])
     return Document(
         format="COCO JSON",
         categories=categories,
@@ -133,12 +133,12 @@ def _opened(source: Path | bytes, name: str, report: StoreReport) -> tuple[JsonT
 
 def _loose_annotation(
     report: StoreReport, fields: dict[str, Any], which: str
-) -> AnnotationEntry | Flaw:
+) -> AnnotationEntry | Unusable:
     """Read an annotation field by field: what is wrong costs its field where the object can still be used."""
     own_id = identifier(fields.get("id"))
     which = which if own_id is None else str(own_id)
     ids = owners(fields, which)
-    if isinstance(ids, Flaw):
+    if isinstance(ids, Unusable):
         return ids
     flags: dict[str, Any] = {}
     for name in ("iscrowd", "ignore"):
@@ -160,14 +160,14 @@ def _loose_annotation(
     )
 
 
-def _loose_image(report: StoreReport, fields: dict[str, Any], which: str) -> ImageEntry | Flaw:
+def _loose_image(report: StoreReport, fields: dict[str, Any], which: str) -> ImageEntry | Unusable:
     own_id, file_name = identifier(fields.get("id")), fields.get("file_name")
     called = file_name if isinstance(file_name, str) else ""
     if own_id is None:
-        return Flaw("image.id", which, called)
+        return Unusable("image.id", which, called)
     sides = [fields.get("width"), fields.get("height")]
     if not are_numbers(sides) or any(side != int(side) for side in sides):
-        return Flaw("image.size", str(own_id), called)
+        return Unusable("image.size", str(own_id), called)
     width, height = (int(side) for side in sides)
     read: dict[str, Any] = {}
     for name in LABEL_LISTS:
@@ -183,10 +183,10 @@ def _loose_image(report: StoreReport, fields: dict[str, Any], which: str) -> Ima
 
 def _loose_category(
     report: StoreReport, fields: dict[str, Any], which: str
-) -> CategoryEntry | Flaw:
+) -> CategoryEntry | Unusable:
     own_id = identifier(fields.get("id"))
     if own_id is None or not isinstance(fields.get("name"), str):
-        return Flaw("category.record", which)
+        return Unusable("category.record", which)
     kept = {"id": own_id, "name": fields["name"]}
     for field in msgspec.structs.fields(CategoryEntry)[2:]:
         try:
@@ -351,7 +351,7 @@ class JsonText:
         Args:
             kind: What a record is decoded to.
             loosely: Reads a record that cannot be, given as a dictionary and its name (its place in the list), to a
-                ``kind`` or a `Flaw`.
+                ``kind`` or an `Unusable`.
             unusable: The deviation of what is not an object, or a longer one than any record is.
             text: The list; by default the whole text.
             field: The list's name.
@@ -373,7 +373,7 @@ class JsonText:
                 except (ValueError, RecursionError):
                     fields = None
             which = f"position {position}"
-            return loosely(fields, which) if isinstance(fields, dict) else Flaw(unusable, which)
+            return loosely(fields, which) if isinstance(fields, dict) else Unusable(unusable, which)
 
         return self._pieces(self._text if text is None else memoryview(text), field, kind, one)
 

@@ -11,7 +11,7 @@ import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from xml.parsers import expat
@@ -21,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
+from proxydet.data.images import found_image, images_below, sizes_of
 from proxydet.data.masks import LARGEST_IMAGE, RunLengths
 from proxydet.data.records import (
     AnnotationEntry,
     CategoryEntry,
     Document,
-    Flaw,
     Identifier,
     ImageEntry,
+    Unusable,
 )
 from proxydet.errors import DataError
 from proxydet.files import open_regular, read_errors, refuse_placeholder
@@ -60,7 +61,7 @@ class Objects:
         self._rows: list[tuple[Any, ...]] = []
         self._files: list[str] = []
         self._starts: list[int] = []
-        self.images: list[ImageEntry | Flaw] = []
+        self.images: list[ImageEntry | Unusable] = []
 
     def begin(self, name: str) -> None:
         """Begin a file, or an entry of one; what is added next is counted within it.
@@ -75,7 +76,7 @@ class Objects:
         self,
         name: str,
         size: tuple[int, int] | None,
-        flaw: str = "image.size",
+        deviation: str = "image.size",
         own_id: str | None = None,
     ) -> None:
         """Add an image.
@@ -83,12 +84,12 @@ class Objects:
         Args:
             name: Path below the folders of the images, or as the format has it.
             size: Height and width in pixels; None: it cannot be used.
-            flaw: The deviation of one that cannot be used.
+            deviation: Of one without a size, by its key in `proxydet.data.records.DEVIATIONS`.
             own_id: Its id; without one its name.
         """
         own_id = own_id or name
         if size is None or min(size) <= 0 or size[0] * size[1] > LARGEST_IMAGE:
-            self.images.append(Flaw("image.size" if size else flaw, own_id))
+            self.images.append(Unusable("image.size" if size else deviation, own_id))
         else:
             height, width = size
             self.images.append(ImageEntry(id=own_id, width=width, height=height, file_name=name))
@@ -117,9 +118,9 @@ class Objects:
         """
         self._rows.append((image, sys.intern(label.strip()), box, polygons, counts, size, ignore))
 
-    def flaw(self, key: str) -> None:
-        """Add an object that is dropped, by its deviation."""
-        self._rows.append((key,))
+    def drop(self, deviation: str) -> None:
+        """Count an object that is dropped, by the key of its deviation."""
+        self._rows.append((deviation,))
 
     def skip(self) -> None:
         """Count a record that belongs to an object that was added before."""
@@ -146,13 +147,13 @@ class Objects:
             place = bisect_left(starts, int(index)) - 1
             return f"{record} {int(index) - starts[place]} of {files[place]}"
 
-        def entry(index: int) -> AnnotationEntry | Flaw:
+        def entry(index: int) -> AnnotationEntry | Unusable:
             row = rows[index - 1]
             if len(row) == 1:
-                return Flaw(row[0], called(index))
+                return Unusable(row[0], called(index))
             image, label, corners, polygons, counts, size, ignore = row
             if not label:
-                return Flaw("annotation.category_id", called(index))
+                return Unusable("annotation.category_id", called(index))
             xywh = None
             mask: list[list[float]] | RunLengths | None = None
             if corners is not None and None not in corners:
@@ -347,6 +348,17 @@ def numbers(values: object) -> list[float] | None:
     return None if None in found else [value for value in found if value is not None]
 
 
+def size_of(height: object, width: object) -> tuple[int, int] | None:
+    """Return a size as a format spells it; None where a side is missing, 0 or not a number."""
+    sides = numbers([height, width])
+    return (int(sides[0]), int(sides[1])) if sides and all(sides) else None
+
+
+def scaled(values: Iterable[float], size: tuple[int, int], whole: float = 1) -> list[float]:
+    """Return x, y, x, y, ... (or width, height) in pixels, given as parts of an image of that height and width."""
+    return [value * size[1 - place % 2] / whole for place, value in enumerate(values)]
+
+
 def flat_points(points: object) -> list[float] | None:
     """Return a list of points [x, y] as x, y, x, y, ...; None where it is not one."""
     if not isinstance(points, list):
@@ -358,6 +370,31 @@ def flat_points(points: object) -> list[float] | None:
 
 
 # --- Files -------------------------------------------------------------------------------------------------------------
+
+
+def below(roots: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Return the images below folders, each with its path in its folder."""
+    return [
+        (image.relative_to(root).as_posix(), image)
+        for root in roots
+        for image in images_below(root)
+    ]
+
+
+def image_sizes(
+    names: Sequence[str], given: Sequence[tuple[int, int] | None], roots: Sequence[Path]
+) -> Iterator[tuple[int, int] | None]:
+    """Yield height and width of images: as given, else from the header of the file; None where neither is there.
+
+    Args:
+        names: Of the images, as `proxydet.data.images.find_image` takes them.
+        given: What the format says, of each.
+        roots: Folders of the images.
+    """
+    unknown = [
+        None if size else found_image(name, roots) for name, size in zip(names, given, strict=True)
+    ]
+    return (size or header for size, header in zip(given, sizes_of(unknown), strict=True))
 
 
 def read_bytes(path: Path, limit: int, hint: str) -> bytes:

@@ -17,33 +17,32 @@ from proxydet.data.formats.collected import (
     part_of_word,
     paste_rows,
     refuse_entities,
+    size_of,
     turned_box,
 )
-from proxydet.data.records import Document, StoreReport
+from proxydet.data.records import AnnotationSource, Document, StoreReport
 from proxydet.errors import DataError
 from proxydet.files import open_regular, read_errors, refuse_placeholder
 
 _LARGEST_FILE = 2 << 30
 _HINT = "export the task from CVAT as 'CVAT for images 1.1', 'COCO 1.0' or 'Ultralytics YOLO Detection 1.0'"
-_WITHOUT_AREA = ("polyline", "points", "cuboid", "skeleton", "tag")
 _MOST_ELEMENTS = 2_000_000
 """Elements of one image: a file with more is not CVAT's, and would fill the memory."""
 _HEAD = 1 << 16
 
 
 def parts(source: Path) -> list[str]:
-    """Return the subsets of the images of a project's export, in the file's order, empty for images of none; none in a task's."""
+    """Return the subsets of a project's export, in the file's order, empty for images of none; no subsets of a task's export.
+
+    Its head lists subsets without saying whether images have none, so the file is read to its end: once where a path is searched
+    for parts, not where a dataset config names one.
+    """
     found = {image.get("subset") or "": None for image in _images(source, {})}
     return [] if list(found) == [""] else list(found)
 
 
-def read(source: Path, part: str | None, report: StoreReport) -> Document:
-    """Read an XML file.
-
-    Args:
-        source: The file.
-        part: The subset that is meant, or ``train``, ``val`` or ``test`` for all with a word for it; None means all images.
-        report: Where deviations are counted.
+def read(source: AnnotationSource, report: StoreReport) -> Document:
+    """Read an XML file; ``part`` is a subset, or ``train``, ``val`` or ``test`` for all with a word for it.
 
     Raises:
         DataError: the file cannot be read, or is not such XML.
@@ -51,13 +50,12 @@ def read(source: Path, part: str | None, report: StoreReport) -> Document:
     found = Objects()
     labels: dict[str, None] = {}
     turned: list[str] = []
-    for image in _images(source, labels):
+    for image in _images(source.annotations, labels):
         subset = image.get("subset") or ""
-        if part is not None and part not in (subset, part_of_word(subset)):
+        if source.part not in (None, subset, part_of_word(subset)):
             continue
         name = (image.get("name") or "").replace("\\", "/")
-        sides = [number(image.get(side)) for side in ("height", "width")]
-        size = (int(sides[0] or 0), int(sides[1] or 0))
+        size = size_of(image.get("height"), image.get("width"))
         found.image(name, size)
         found.begin(name)
         for position, shape in enumerate(image, 1):
@@ -80,10 +78,10 @@ def read(source: Path, part: str | None, report: StoreReport) -> Document:
                 values = numbers([shape.get(key) for key in ("cx", "cy", "rx", "ry")])
                 found.add(name, label, polygons=[Ellipse(degrees, *values)] if values else None)
             elif kind == "mask":
-                counts, box = _mask(shape, size)
-                found.add(name, label, box=box, counts=counts, size=size)
+                counts, box = _mask(shape, size or (0, 0))
+                found.add(name, label, box=box, counts=counts, size=size or (0, 0))
             else:
-                found.flaw("annotation.shape")
+                found.drop("annotation.shape")
     report.count("annotation.rotation", turned)
     return found.document("CVAT XML", "shape", labels)
 

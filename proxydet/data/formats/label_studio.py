@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -22,14 +23,17 @@ from proxydet.data.formats.collected import (
     Objects,
     decode_json,
     flat_points,
+    image_sizes,
     number,
     numbers,
     paste,
     read_bytes,
+    scaled,
+    size_of,
     turned_box,
 )
-from proxydet.data.images import found_image, readable_suffixes, sizes_of
-from proxydet.data.records import Document, StoreReport
+from proxydet.data.images import readable_suffixes
+from proxydet.data.records import AnnotationSource, Document, StoreReport
 
 _LARGEST_FILE = 512 << 20
 _HINT = "export the project from Label Studio as JSON, JSON-MIN, COCO or YOLO"
@@ -52,32 +56,22 @@ class _Annotation(msgspec.Struct):
     created_at: Any = None
 
 
-class _Task(msgspec.Struct):
-    data: dict[str, Any] = {}
-    annotations: list[_Annotation] | None = None
-    completions: list[_Annotation] | None = None
-    predictions: list[Any] | None = None
-
-
-def read(source: Path, roots: Sequence[Path], report: StoreReport) -> Document:
+def read(source: AnnotationSource, report: StoreReport) -> Document:
     """Read an export. Of several annotations of a task the ground truth is used, else the newest that was submitted.
-
-    Args:
-        source: The file.
-        roots: Folders of the images.
-        report: Where deviations are counted.
 
     Raises:
         DataError: the file cannot be read, or is not such an export.
     """
-    data = read_bytes(source, _LARGEST_FILE, _HINT)
-    records = decode_json(data, list[dict[str, Any]], source, "an export of Label Studio", _HINT)
+    path, kind = source.annotations, list[dict[str, Any]]
+    data = read_bytes(path, _LARGEST_FILE, _HINT)
+    records = decode_json(data, kind, path, "an export of Label Studio", _HINT)
     tasks = [_opened(record) for record in records]
     predicted = not any(submitted for _, submitted, _ in tasks) and any(p for _, _, p in tasks)
     if predicted:
         report.count("file.predictions", [f"{len(tasks)} tasks"])
-    chosen: list[tuple[str, list[dict[str, Any]]]] = []
-    found = Objects()
+    names: list[str] = []
+    results: list[list[dict[str, Any]]] = []
+    given: list[tuple[int, int] | None] = []
     for position, (name, submitted, predictions) in enumerate(tasks):
         listed = predictions if predicted else submitted
         if not listed:
@@ -87,20 +81,18 @@ def read(source: Path, roots: Sequence[Path], report: StoreReport) -> Document:
             report.count("image.annotations", [name])
         true = [annotation for annotation in listed if annotation.ground_truth]
         newest = max(true or listed, key=lambda entry: str(entry.created_at or ""))
-        chosen.append((_on_disk(name, roots), newest.result))
-    sizes = [_size(result) for _, result in chosen]
-    absent = [
-        None if size else found_image(name, roots)
-        for (name, _), size in zip(chosen, sizes, strict=True)
-    ]
+        names.append(_on_disk(name, source.roots))
+        results.append(newest.result)
+        sizes = (size_of(r.get("original_height"), r.get("original_width")) for r in newest.result)
+        given.append(next((size for size in sizes if size and min(size) >= 1), None))
+    found = Objects()
     turned: list[str] = []
-    for (name, result), size, header in zip(chosen, sizes, sizes_of(absent), strict=True):
-        size = size or header
+    measured = image_sizes(names, given, source.roots)
+    for name, result, size in zip(names, results, measured, strict=True):
         found.image(name, size, "image.file")
         found.begin(name)
-        height, width = size or (1, 1)
         for region in _regions(result):
-            _add(found, name, region, (height, width), turned)
+            _add(found, name, region, size or (1, 1), turned)
     report.count("annotation.rotation", turned)
     return found.document("Label Studio JSON", "region")
 
@@ -108,39 +100,26 @@ def read(source: Path, roots: Sequence[Path], report: StoreReport) -> Document:
 def _opened(record: dict[str, Any]) -> tuple[str, list[_Annotation], list[_Annotation]]:
     """Return the image of a task, its submitted annotations, and its predictions; of JSON-MIN its one annotation."""
     if isinstance(record.get("data"), dict):
-        fields = record["data"]
-        lists = [
-            [
-                entry
-                for listed in [record.get(key)]
-                for item in (listed if isinstance(listed, list) else ())
-                if isinstance(item, dict)
-                and (entry := _annotation(item)) is not None
-                and not entry.was_cancelled
-            ]
-            for key in (
-                ("annotations" if record.get("annotations") else "completions"),
-                "predictions",
-            )
-        ]
-    else:
-        fields = record
-        results = [
-            {"type": kind, "value": value, **value}
-            for values in record.values()
-            if isinstance(values, list)
-            for value in values
-            if isinstance(value, dict) and (kind := _kind(value))
-        ]
-        lists = [[_Annotation(result=results)], []]
-    return _image_name(fields), lists[0], lists[1]
+        finished = "annotations" if record.get("annotations") else "completions"
+        submitted, predictions = (_annotations(record.get(k)) for k in (finished, "predictions"))
+        return _image_name(record["data"]), submitted, predictions
+    results = [
+        {"type": kind, "value": value, **value}
+        for values in record.values()
+        if isinstance(values, list)
+        for value in values
+        if isinstance(value, dict) and (kind := _kind(value))
+    ]
+    return _image_name(record), [_Annotation(result=results)], []
 
 
-def _annotation(item: dict[str, Any]) -> _Annotation | None:
-    try:
-        return msgspec.convert(item, _Annotation)
-    except msgspec.ValidationError:
-        return None
+def _annotations(listed: object) -> list[_Annotation]:
+    """Return those of a list that can be read and were not cancelled."""
+    found: list[_Annotation] = []
+    for item in listed if isinstance(listed, list) else ():
+        with suppress(msgspec.ValidationError):
+            found.append(msgspec.convert(item, _Annotation))
+    return [annotation for annotation in found if not annotation.was_cancelled]
 
 
 def _image_name(fields: dict[str, Any]) -> str:
@@ -180,14 +159,6 @@ def _on_disk(name: str, folders: Sequence[Path]) -> str:
     return str(next(there, name))
 
 
-def _size(result: list[dict[str, Any]]) -> tuple[int, int] | None:
-    for region in result:
-        sides = numbers([region.get("original_height"), region.get("original_width")])
-        if sides and min(sides) >= 1:
-            return int(sides[0]), int(sides[1])
-    return None
-
-
 def _regions(result: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the value of each region; shape and labels of one id belong together."""
     merged: dict[object, dict[str, Any]] = {}
@@ -217,35 +188,31 @@ def _add(
 ) -> None:
     listed = next((value[key] for key in value if key.endswith("labels") and value[key]), None)
     label = str(listed[0]) if isinstance(listed, list) else ""
-    kind, (height, width) = _kind(value), size
+    kind = _kind(value)
     degrees = number(value.get("rotation")) or 0.0
     if kind == _BOX:
         percent = numbers([value.get(key) for key in ("x", "y", "width", "height")])
         box: Sequence[float] | None = None
         if percent:
-            x, y, w, h = (v * (height if i % 2 else width) / 100 for i, v in enumerate(percent))
+            x, y, w, h = scaled(percent, size, 100)
             box = (x, y, x + w, y + h)
             if degrees:
                 turned.append(f"a box of {image}")
                 box = turned_box(box, degrees, (x, y))
         found.add(image, label, box=box)
     elif kind == _OUTLINE:
-        flat = flat_points(value.get("points"))
-        outline = [v * (height if i % 2 else width) / 100 for i, v in enumerate(flat or ())]
+        outline = scaled(flat_points(value.get("points")) or (), size, 100)
         found.add(image, label, polygons=[outline])
     elif kind == _ELLIPSE:
         percent = numbers([value.get(key) for key in ("x", "y", "radiusX", "radiusY")])
-        if percent is None:
-            found.add(image, label)
-        else:
-            x, y, rx, ry = (v * (height if i % 2 else width) / 100 for i, v in enumerate(percent))
-            found.add(image, label, polygons=[Ellipse(degrees, x, y, rx, ry)])
+        outlines = [Ellipse(degrees, *scaled(percent, size, 100))] if percent else None
+        found.add(image, label, polygons=outlines)
     elif kind == _BRUSH:
         mask_HW = decode_brush(value.get("rle"), size)
         counts = None if mask_HW is None else paste(mask_HW, 0, 0, size)
         found.add(image, label, counts=counts, size=size)
     else:
-        found.flaw("annotation.shape")
+        found.drop("annotation.shape")
 
 
 # --- Brush strokes: thi.ng's run-length code of RGBA pixels --------------------------------------------------------------

@@ -20,12 +20,13 @@ from proxydet.data.formats.collected import (
     decode_json,
     extent,
     flat_points,
-    number,
+    image_sizes,
     paste,
     read_bytes,
+    size_of,
 )
-from proxydet.data.images import files_below, found_image, sizes_of
-from proxydet.data.records import Document
+from proxydet.data.images import files_below
+from proxydet.data.records import AnnotationSource, Document, StoreReport
 
 _LARGEST_FILE = 256 << 20
 """Bytes of a file: labelme stores the image itself in it."""
@@ -44,38 +45,33 @@ def files(source: Path) -> list[Path]:
     return [source] if source.is_file() else files_below(source, (".json",))
 
 
-def read(source: Path, roots: Sequence[Path]) -> Document:
-    """Read labelme's files. Shapes of one label and ``group_id`` in an image are one object.
-
-    Args:
-        source: A file, or a folder that is searched with those below it.
-        roots: Folders of the images, for files that do not hold their sizes.
+def read(source: AnnotationSource, _report: StoreReport) -> Document:
+    """Read a file, or those below a folder. Shapes of one label and ``group_id`` in an image are one object.
 
     Raises:
         DataError: a file cannot be read, or is not labelme's.
     """
-    found = Objects()
-    paths = files(source)
-    above = source if source.is_dir() else source.parent
-    opened = []
+    found, above = (
+        Objects(),
+        source.annotations if source.annotations.is_dir() else source.annotations.parent,
+    )
+    paths = files(source.annotations)
+    names: list[str] = []
+    given: list[tuple[int, int] | None] = []
+    shapes: list[list[dict[str, Any]]] = []
     for path in paths:
-        content: _File = decode_json(
-            read_bytes(path, _LARGEST_FILE, _HINT), _File, path, "labelme", _HINT
-        )
+        data = read_bytes(path, _LARGEST_FILE, _HINT)
+        content: _File = decode_json(data, _File, path, "labelme", _HINT)
         name = str(content.imagePath or path.with_suffix("").name).replace("\\", "/")
         # The image is named from the file's own folder; the folders of the images may lie above it.
-        place = path.parent.relative_to(above)
-        name = (place / name).as_posix()
-        sides = [number(content.imageHeight), number(content.imageWidth)]
-        size = (int(sides[0] or 0), int(sides[1] or 0)) if all(sides) else None
-        image = None if size else found_image(name, roots)
-        opened.append((path, name, size, image, content.shapes))
-    headers = sizes_of([image for _, _, _, image, _ in opened])
-    for (path, name, size, _, shapes), header in zip(opened, headers, strict=True):
-        size = size or header
-        found.image(name, size, "image.size" if size else "image.file")
+        names.append((path.parent.relative_to(above) / name).as_posix())
+        given.append(size_of(content.imageHeight, content.imageWidth))
+        shapes.append(content.shapes)
+    sizes = image_sizes(names, given, source.roots)
+    for path, name, size, listed in zip(paths, names, sizes, shapes, strict=True):
+        found.image(name, size, "image.file")
         found.begin(path.name)
-        _add_shapes(found, name, size or (1, 1), shapes)
+        _add_shapes(found, name, size or (1, 1), listed)
     return found.document("labelme", "shape")
 
 
@@ -106,7 +102,7 @@ def _add_shapes(
             else:
                 found.skip()
         else:
-            found.flaw("annotation.shape")
+            found.drop("annotation.shape")
 
 
 def _mask(text: object, box: Sequence[float], size: tuple[int, int]) -> bytes | None:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from proxydet.data.formats.collected import (
     Ellipse,
     Objects,
     decode_json,
+    image_sizes,
     number,
     numbers,
     read_bytes,
 )
-from proxydet.data.images import found_image, sizes_of
-from proxydet.data.records import Document
+from proxydet.data.records import AnnotationSource, Document, StoreReport
 from proxydet.errors import DataError
 
 _LARGEST_FILE = 256 << 20
@@ -43,36 +43,34 @@ class _Project(msgspec.Struct):
     attributes: dict[str, Any] = msgspec.field(name="_via_attributes", default_factory=dict)
 
 
-def read(source: Path, roots: Sequence[Path]) -> Document:
+def read(source: AnnotationSource, _report: StoreReport) -> Document:
     """Read a project or an export. Its class is the attribute of regions that most of them have.
-
-    Args:
-        source: The file.
-        roots: Folders of the images, whose sizes VIA does not write.
 
     Raises:
         DataError: the file cannot be read, or is not VIA's.
     """
-    data = read_bytes(source, _LARGEST_FILE, _HINT)
+    path = source.annotations
+    data = read_bytes(path, _LARGEST_FILE, _HINT)
     declared: dict[str, Any] = {}
     if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":
-        entries = _from_csv(data, source)
+        entries = _from_csv(data, path)
     elif data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n{").startswith(b'"_via_'):
-        project: _Project = decode_json(data, _Project, source, "a VIA project", _HINT)
+        project: _Project = decode_json(data, _Project, path, "a VIA project", _HINT)
         entries = list(project.images.values())
         declared = project.attributes.get("region") or {}
     else:
-        content = decode_json(data, dict[str, _Entry], source, "an export of VIA", _HINT)
+        content = decode_json(data, dict[str, _Entry], path, "an export of VIA", _HINT)
         entries = list(content.values())
-    regions = [_listed(entry.regions) for entry in entries]
+    # VIA 1 numbers the regions.
+    regions = [[*r.values()] if isinstance(r := e.regions, dict) else r for e in entries]
     attribute = _class_attribute(region for part in regions for region in part)
     names: list[str] = []
     if isinstance(declared, dict) and isinstance(declared.get(attribute), dict):
         options = declared[attribute].get("options")
         names = [name for name in options if name.strip()] if isinstance(options, dict) else []
     found = Objects()
-    images = [found_image(entry.filename, roots) for entry in entries]
-    for entry, listed, size in zip(entries, regions, sizes_of(images), strict=True):
+    sizes = image_sizes([entry.filename for entry in entries], [None] * len(entries), source.roots)
+    for entry, listed, size in zip(entries, regions, sizes, strict=True):
         found.image(entry.filename, size, "image.file")
         found.begin(entry.filename)
         for region in listed:
@@ -92,28 +90,19 @@ def _add(found: Objects, image: str, region: dict[str, Any], attribute: str) -> 
     elif kind in ("polygon", "polyline"):
         xs, ys = numbers(shape.get("all_points_x")), numbers(shape.get("all_points_y"))
         if kind == "polyline" and (not xs or not ys or (xs[0], ys[0]) != (xs[-1], ys[-1])):
-            found.flaw("annotation.shape")
-        elif not xs or not ys or len(xs) != len(ys):
-            found.add(image, label)
+            found.drop("annotation.shape")
         else:
-            found.add(
-                image, label, polygons=[[v for point in zip(xs, ys, strict=True) for v in point]]
-            )
+            outline = []
+            if xs and ys and len(xs) == len(ys):
+                outline = [value for point in zip(xs, ys, strict=True) for value in point]
+            found.add(image, label, polygons=[outline])
     elif kind in ("circle", "ellipse"):
         radii = ("r", "r") if kind == "circle" else ("rx", "ry")
         values = numbers([shape.get(key) for key in ("cx", "cy", *radii)])
-        if values is None:
-            found.add(image, label)
-        else:
-            turned = math.degrees(number(shape.get("theta")) or 0)
-            found.add(image, label, polygons=[Ellipse(turned, *values)])
+        turned = math.degrees(number(shape.get("theta")) or 0)
+        found.add(image, label, polygons=[Ellipse(turned, *values)] if values else None)
     else:
-        found.flaw("annotation.shape")
-
-
-def _listed(regions: object) -> list[dict[str, Any]]:
-    """Return regions as a list; VIA 1 numbers them."""
-    return list(regions.values()) if isinstance(regions, dict) else list(regions)  # type: ignore[call-overload]
+        found.drop("annotation.shape")
 
 
 def _value(value: object) -> str:

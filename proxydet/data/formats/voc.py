@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from proxydet.data.formats.collected import Objects, number, numbers, read_xml
+from proxydet.data.formats.collected import Objects, number, numbers, read_xml, size_of
 from proxydet.data.images import readable_suffixes
-from proxydet.data.records import Document
+from proxydet.data.records import AnnotationSource, Document, StoreReport
 from proxydet.errors import DataError
 from proxydet.files import open_regular, read_errors, read_text
 from proxydet.wording import first_of, printable
@@ -104,7 +104,7 @@ def first_pixel(source: Path) -> int:
     return 1
 
 
-def read(source: Path) -> Document:
+def read(source: AnnotationSource, _report: StoreReport) -> Document:
     """Read Pascal VOC annotations.
 
     Corners are pixel numbers from 1, both inclusive, as the format says: a box from 1 to W covers the image. Where a
@@ -115,14 +115,13 @@ def read(source: Path) -> Document:
     Raises:
         DataError: a file is not such XML.
     """
-    found, first = Objects(), first_pixel(source)
-    for path in files(source):
+    found, first = Objects(), first_pixel(source.annotations)
+    for path in files(source.annotations):
         root = read_xml(path, _LARGEST_FILE, "annotation", "Pascal VOC", _HINT)
         name = (root.findtext("filename") or "").strip()
         # Some writers put the whole path there, or the name without its ending, or nothing.
         name = name.replace("\\", "/").rsplit("/", 1)[-1] or path.stem
-        height, width = (number(root.findtext(f"size/{side}")) for side in ("height", "width"))
-        size = (int(height), int(width)) if height and width else None
+        size = size_of(root.findtext("size/height"), root.findtext("size/width"))
         found.image(name, size, own_id=path.stem)
         found.begin(path.name)
         for item in root.iter("object"):

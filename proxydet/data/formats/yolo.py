@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from proxydet.config import parse_yaml
-from proxydet.data.formats.collected import Objects, number
+from proxydet.data.formats.collected import Objects, number, scaled
 from proxydet.data.images import (
     MOST_FILES,
     files_below,
@@ -25,7 +25,13 @@ from proxydet.data.images import (
     readable_suffixes,
     sizes_of,
 )
-from proxydet.data.records import MOST_CATEGORIES, Document, StoreReport, refused
+from proxydet.data.records import (
+    MOST_CATEGORIES,
+    AnnotationSource,
+    Document,
+    StoreReport,
+    refused,
+)
 from proxydet.errors import ConfigError, DataError
 from proxydet.files import open_regular, read_errors, read_text
 from proxydet.wording import first_of, json_text
@@ -70,17 +76,21 @@ def are_rows(path: Path) -> bool:
     )
 
 
-def is_config(path: Path) -> bool:
-    """Whether a YAML file is a ``data.yaml``: it names classes and parts."""
+def _content(path: Path) -> dict[str, Any]:
+    """Return what a YAML file holds, nothing where it is not a mapping; of a damaged ``data.yaml`` what makes its reader refuse it."""
     try:
         content = parse_yaml(read_text(path, limit=_LARGEST_YAML), str(path), path)
     except (OSError, ValueError, ConfigError):
-        return path.name == "data.yaml"
-    return (
-        isinstance(content, dict)
-        and "names" in content
-        and bool(content.get("train") or content.get("val"))
-    )
+        content = (
+            {"names": (), "train": "."} if path.name in ("data.yaml", "dataset.yaml") else None
+        )
+    return content if isinstance(content, dict) else {}
+
+
+def is_config(path: Path) -> bool:
+    """Whether a YAML file is a ``data.yaml``: it names classes and parts."""
+    content = _content(path)
+    return "names" in content and bool(content.get("train") or content.get("val"))
 
 
 def is_folder(folder: Path) -> bool:
@@ -130,15 +140,8 @@ def names_file(source: Path) -> Path | None:
     start = start if start.is_dir() else start.parent
     above = [start, *start.parents[:_FOLDERS_ABOVE]]
     for folder in above:
-        configs = []
-        for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
-            try:
-                content = parse_yaml(read_text(path, limit=_LARGEST_YAML), str(path), path)
-            except (OSError, ValueError, ConfigError):
-                # Its own fault is reported where it is the only one.
-                content = {"names": ()} if path.name in ("data.yaml", "dataset.yaml") else None
-            if isinstance(content, dict) and "names" in content:
-                configs.append(path)
+        there = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+        configs = [path for path in there if "names" in _content(path)]
         if len(configs) > 1:
             configs = [path for path in configs if _names_place(path, start)] or configs
         if len(configs) > 1:
@@ -184,15 +187,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_names(path: Path) -> dict[int, str]:
-    """Return the class names of a data set by their number.
-
-    Raises:
-        DataError: the file cannot be read, holds none, or one twice.
-    """
+def _class_names(path: Path, content: dict[str, Any] | None) -> dict[int, str]:
+    """Return the class names of a data set by their number; ``content``: what the file holds where it is a ``data.yaml``."""
     names: dict[int, str] = {}
-    if path.suffix.lower() in YAML:
-        listed = read_config(path).get("names")
+    if content is not None:
+        listed = content.get("names")
         items = enumerate(listed) if isinstance(listed, list) else None
         if isinstance(listed, dict):
             items = listed.items()  # type: ignore[assignment]
@@ -353,43 +352,39 @@ def list_roots(source: Path) -> tuple[Path, ...]:
     return tuple(folder for folder in beside if folder.is_dir())
 
 
-def files(
-    source: Path, roots: Sequence[Path], part: str | None = None
-) -> tuple[list[Path], list[tuple[str, Path]]]:
+def files(source: AnnotationSource) -> tuple[list[Path], list[tuple[str, Path]]]:
     """Return the files that the annotations are read from, and the images, whose sizes belong to them, with their names."""
-    found, lone = pairs(source, roots, part)
-    named = names_file(source)
-    read = [*([named] if named else []), *([] if source.is_dir() else [source])]
+    found, lone = pairs(source.annotations, source.roots, source.part)
+    named = names_file(source.annotations)
+    read = [
+        *([named] if named else []),
+        *([] if source.annotations.is_dir() else [source.annotations]),
+    ]
     rows = [pair.rows for pair in found if pair.image and pair.rows.is_file()]
     return [*read, *rows, *lone], [(pair.name, pair.image) for pair in found if pair.image]
 
 
-def read(source: Path, roots: Sequence[Path], part: str | None, report: StoreReport) -> Document:
+def read(source: AnnotationSource, report: StoreReport) -> Document:
     """Read the rows of a data set.
-
-    Args:
-        source: As for `pairs`.
-        roots: As for `pairs`.
-        part: As for `pairs`.
-        report: Where deviations are counted.
 
     Raises:
         DataError: there is no class name, most numbers are pixels, or a file cannot be read.
     """
-    named = names_file(source)
+    path = source.annotations
+    named = names_file(path)
     if named is None:
-        folder = source if source.is_dir() else source.parent
+        folder = path if path.is_dir() else path.parent
         raise DataError(
-            f"{source}: there is no data.yaml, classes.txt or obj.names with the class names",
+            f"{path}: there is no data.yaml, classes.txt or obj.names with the class names",
             hint=f"write {folder / 'classes.txt'}: one class name a line, in the order of the numbers",
-            path=source,
+            path=path,
         )
-    names = read_names(named)
-    classes = read_config(named).get("nc") if named.suffix.lower() in YAML else None
+    content = read_config(named) if named.suffix.lower() in YAML else None
+    names, classes = _class_names(named, content), (content or {}).get("nc")
     if classes is not None and classes not in (len(names), max(names) + 1):
         report.count("file.nc", [f"nc: {str(classes)[:20]} and {len(names)} names"])
-    keypoints = named.suffix.lower() in YAML and "kpt_shape" in read_config(named)
-    listed, lone = pairs(source, roots, part)
+    keypoints = "kpt_shape" in (content or {})
+    listed, lone = pairs(path, source.roots, source.part)
     found = Objects()
     unlabelled: list[str] = []
     beyond = count = 0
@@ -405,7 +400,6 @@ def read(source: Path, roots: Sequence[Path], part: str | None, report: StoreRep
             continue
         with read_errors(pair.rows, error=DataError, hint=_HINT):
             lines = read_text(pair.rows, limit=_LARGEST_FILE).splitlines()
-        height, width = size or (1, 1)
         for line in lines:
             values = [number(word) for word in line.split()]
             if not values:
@@ -416,22 +410,21 @@ def read(source: Path, roots: Sequence[Path], part: str | None, report: StoreRep
                 values = values[:-1]
             whole = [value for value in values if value is not None]
             if len(whole) < max(len(values), 5) or whole[0] != int(whole[0]):
-                found.flaw("annotation.row")
+                found.drop("annotation.row")
                 continue
             label, xy = names.get(int(whole[0])), whole[1:]
             if label is None:
-                found.flaw("annotation.row.class")
+                found.drop("annotation.row.class")
                 continue
             count += 1
             beyond += max(xy) > _BEYOND
             if len(xy) == 4:
-                cx, cy, w, h = xy[0] * width, xy[1] * height, xy[2] * width, xy[3] * height
+                cx, cy, w, h = scaled(xy, size or (1, 1))
                 found.add(pair.name, label, box=(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
             else:
-                outline = [v * (height if i % 2 else width) for i, v in enumerate(xy)]
-                found.add(pair.name, label, polygons=[outline])
+                found.add(pair.name, label, polygons=[scaled(xy, size or (1, 1))])
     if count and beyond > _MOST_BEYOND * count:
-        raise refused("file.convention.pixels", source, str(source), [f"{beyond} of {count} rows"])
+        raise refused("file.convention.pixels", path, str(path), [f"{beyond} of {count} rows"])
     report.count("image.unlabelled", unlabelled)
     declared = [names.get(index, f"class {index}") for index in range(max(names) + 1)]
     return found.document("YOLO", "row", declared, first_id=0)

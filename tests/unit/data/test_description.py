@@ -61,6 +61,8 @@ def test_home_and_absolute_paths_and_encoders(
         ("[val]", "[image_labels]\n[val]", "either tars or annotations"),
         ("[val]", '[image_labels]\ntars = "a"\nannotations = "b"\n[val]', "either tars or annotations"),
         ("[val]", '[image_labels]\nannotations = "b"\n[val]', "go together"),
+        ('images = "train"', 'images = "train"\nformat = "coco"', r"train\.format.*COCO JSON"),
+        ('images = "train"', 'images = "train"\nformat = "YOLO"\nreader = "a:b"', "format and reader"),
     ],
 )  # fmt: skip
 def test_mistakes_name_the_key_and_the_file(

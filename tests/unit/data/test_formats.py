@@ -21,10 +21,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from proxydet.data.check import check_path
+from proxydet.data.dataset import DatasetConfig
 from proxydet.data.formats.label_studio import decode_brush, encode_brush
 from proxydet.data.masks import decode
+from proxydet.data.records import AnnotationSource
 from proxydet.data.sources import look
-from proxydet.data.store import AnnotationSource, AnnotationStore
+from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError
 
 NAMES = ["dog", "cat & co"]
@@ -45,7 +47,7 @@ def photo(path: Path, size: tuple[int, int]) -> None:
 def opened(
     path: Path, cache: Path, *images: Path, part: str | None = None, **more: object
 ) -> AnnotationStore:
-    source = AnnotationSource(path=path, images=images, part=part, **more)  # type: ignore[arg-type]
+    source = AnnotationSource(annotations=path, images=images, part=part, **more)  # type: ignore[arg-type]
     return AnnotationStore.open(source, cache=cache, warn=False)
 
 
@@ -493,6 +495,18 @@ def test_labelme_without_sizes_takes_them_from_the_images(tmp_path: Path) -> Non
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "imageHeight": None, "imageWidth": None}))
     assert opened(tmp_path, tmp_path / "c", tmp_path).sizes_I2.tolist() == [[30, 40]]
+
+
+def test_a_format_that_is_named_is_not_guessed(tmp_path: Path) -> None:
+    write_labelme(tmp_path, "a")
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"tool": "mine", **json.loads(path.read_text())}))
+    config = tmp_path / "own.toml"
+    config.write_text('name = "own"\n[train]\nannotations = "a.json"\nimages = "."\n')
+    assert "COCO" in check_path(config, cache=tmp_path / "c")[0].findings[0].text
+    config.write_text(config.read_text() + 'format = "labelme"\n')
+    split = DatasetConfig.from_toml(config).split("train")
+    assert found(AnnotationStore.open(split, cache=tmp_path / "c"))["a"][:-1] == expected("a")["a"]
 
 
 def test_via_circles_ticked_names_and_points(tmp_path: Path) -> None:

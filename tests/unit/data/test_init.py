@@ -478,9 +478,7 @@ def test_an_image_of_another_part_never_replaces_a_missing_one(tmp_path: Path) -
     (root / "train" / "b.jpg").unlink()
     notes = init_dataset(root, Path("pets.toml"), closed=True).notes
     assert any("1 of 3 images" in note and "'b.jpg'" in note for note in notes), notes
-    assert DatasetConfig.from_toml(Path("pets.toml")).split("train").source.images == (
-        root / "train",
-    )
+    assert DatasetConfig.from_toml(Path("pets.toml")).split("train").roots == (root / "train",)
     # A name with its folder still finds an image of the other one, as LVIS has them.
     content = json.loads((root / "train.json").read_text())
     content["images"][1]["file_name"] = "val/b.jpg"

@@ -68,7 +68,7 @@ def open_with(tmp_path, monkeypatch):
             f'name = "own"\n[train]\nannotations = "{annotations}"\nimages = "."\nreader = "{module}:{function}"\n'
         )
         split = DatasetConfig.from_toml(config).split("train")
-        return AnnotationStore.open(split.source, cache=tmp_path / "cache", warn=False)
+        return AnnotationStore.open(split, cache=tmp_path / "cache", warn=False)
 
     return open_
 

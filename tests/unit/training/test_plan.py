@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from proxydet.config import dump_yaml
-from proxydet.data.store import AnnotationSource
+from proxydet.data.records import AnnotationSource
 from proxydet.errors import ConfigError
 from proxydet.modeling.config import Precision
 from proxydet.recipes import RunConfig, resolve_config
@@ -194,10 +194,10 @@ def test_an_empty_or_broken_annotation_file_is_told(tmp_path, content, problem):
 def test_a_large_annotation_file_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("{")
-    source = AnnotationSource(path=path)
-    assert "ends in the middle" in _annotations("training", source).problem
+    source = AnnotationSource(annotations=path, images=())
+    assert "ends in the middle" in _annotations("training", source, tmp_path / "cache").problem
     monkeypatch.setattr("proxydet.training.plan._LARGEST_READ", 0)
-    assert _annotations("training", source).present
+    assert _annotations("training", source, tmp_path / "cache").present
 
 
 @pytest.mark.usefixtures("unmeasured")

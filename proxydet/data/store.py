@@ -401,9 +401,9 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
     if source.reader is not None:  # another version of it may read something else
         code = source_digests([source.reader])
         whole = hashlib.sha256(f"{whole} {source.reader} {code}".encode()).hexdigest()
-    if (
-        source.format == "Pascal VOC" and voc.first_pixel(source.annotations) == 0
-    ):  # which other files decide
+    # Of a folder the files that are read decide where corners count from; of a list, others do too.
+    of_list = source.format == "Pascal VOC" and not source.annotations.is_dir()
+    if of_list and voc.first_pixel(source.annotations) == 0:
         whole = hashlib.sha256(f"{whole} from 0".encode()).hexdigest()
     if source.part is None and source.share is None:
         return whole

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
+from proxydet.data.formats.collected import decode_json, read_bytes
 from proxydet.data.masks import are_numbers
 from proxydet.data.records import (
     LABEL_LISTS,
@@ -196,6 +197,9 @@ def _loose_category(
     return CategoryEntry(**kept)
 
 
+_LARGEST_HIERARCHY = 64 << 20
+
+
 class _Class(msgspec.Struct, rename={"label": "LabelName", "children": "Subcategory"}):
     label: str
     children: list[_Class] = []
@@ -211,14 +215,9 @@ def read_hierarchy(path: Path) -> dict[str, set[str]]:
     Raises:
         DataError: The file is damaged.
     """
-    try:
-        tree = msgspec.json.decode(path.read_bytes(), type=_Class)
-    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not a class hierarchy: {error}",
-            hint="it is OpenImages' own file, challenge-2019-label500-hierarchy.json",
-            path=path,
-        ) from error
+    hint = "it is OpenImages' own file, challenge-2019-label500-hierarchy.json"
+    data = read_bytes(path, _LARGEST_HIERARCHY, hint)
+    tree: _Class = decode_json(data, _Class, path, "a class hierarchy", hint)
     found: dict[str, set[str]] = {}
     waiting: list[tuple[_Class, frozenset[str]]] = [(tree, frozenset())]
     while waiting:

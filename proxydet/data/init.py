@@ -203,7 +203,7 @@ def init_dataset(
         classes=names,
         parts={
             part: PartCount(
-                annotations=_relative(sources[part].path, base),
+                annotations=_relative(sources[part].annotations, base),
                 images=len(store),
                 objects=store.report.annotations_kept,
                 masks=store.report.annotations_kept - store.report.without_mask,

@@ -96,7 +96,7 @@ def test_known_files_with_other_counts_are_named(small_set: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"train.json"', '"absent.json"', "train: there is no file"),
+        ('"train.json"', '"absent.json"', "train: there are no annotations"),
         ('"embeddings.npy"', '"absent.npy"', "vocabulary: there are no text embeddings"),
         ('novel = ["dog"]', 'novel = ["dgo"]', "vocabulary: the novel class 'dgo'"),
         ('tars = "tars"', 'tars = "absent"', "image_labels: there is no folder of tars"),

@@ -503,7 +503,7 @@ def test_a_format_that_is_named_is_not_guessed(tmp_path: Path) -> None:
     path.write_text(json.dumps({"tool": "mine", **json.loads(path.read_text())}))
     config = tmp_path / "own.toml"
     config.write_text('name = "own"\n[train]\nannotations = "a.json"\nimages = "."\n')
-    assert "COCO" in check_path(config, cache=tmp_path / "c")[0].findings[0].text
+    assert not check_path(config, cache=tmp_path / "c")[0].sound
     config.write_text(config.read_text() + 'format = "labelme"\n')
     split = DatasetConfig.from_toml(config).split("train")
     assert found(AnnotationStore.open(split, cache=tmp_path / "c"))["a"][:-1] == expected("a")["a"]

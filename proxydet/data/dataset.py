@@ -23,6 +23,7 @@ from proxydet.config import from_mapping, parse_toml
 from proxydet.data.records import AnnotationSource, WithImages
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, VocabularyError
+from proxydet.extensions import require_python_path
 from proxydet.files import read_text
 from proxydet.paths import datasets_folder, did_you_mean
 from proxydet.reporting import SILENT, Progress
@@ -116,6 +117,11 @@ class DatasetConfig:
 
     image_labels: ImageLabelSpec | None = None
     """Images with class labels to train on."""
+
+    def __post_init__(self) -> None:
+        for part in (self.train, self.val, self.test):
+            if part is not None and part.reader is not None:
+                require_python_path(part.reader, "reader")
 
     @classmethod
     def from_toml(cls, path: Path | str) -> DatasetConfig:

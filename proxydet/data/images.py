@@ -416,6 +416,15 @@ def images_below(folder: Path) -> list[Path]:
     return files_below(folder, sorted(readable_suffixes()))
 
 
+def named_images_below(roots: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Return the images below folders, each with its path in its folder."""
+    return [
+        (image.relative_to(root).as_posix(), image)
+        for root in roots
+        for image in images_below(root)
+    ]
+
+
 def sizes_of(images: Sequence[Path | None]) -> Iterator[tuple[int, int] | None]:
     """Yield the height and width of images, from their headers; None for one that is absent or cannot be read."""
 
@@ -436,6 +445,22 @@ def found_image(name: str, roots: Sequence[Path]) -> Path | None:
         return find_image(name, roots)
     except DataError:
         return None
+
+
+def image_sizes(
+    names: Sequence[str], given: Sequence[tuple[int, int] | None], roots: Sequence[Path]
+) -> Iterator[tuple[int, int] | None]:
+    """Yield height and width of images: as given, else from the header of the file; None where neither is there.
+
+    Args:
+        names: Of the images, as `find_image` takes them.
+        given: What the format says, of each.
+        roots: Folders of the images.
+    """
+    unknown = [
+        None if size else found_image(name, roots) for name, size in zip(names, given, strict=True)
+    ]
+    return (size or header for size, header in zip(given, sizes_of(unknown), strict=True))
 
 
 def require_distinct_files(store: AnnotationStore, roots: Sequence[Path]) -> None:

@@ -23,7 +23,6 @@ import numpy.typing as npt
 
 from proxydet.data.masks import RunLengths
 from proxydet.errors import ConfigError, DataError
-from proxydet.extensions import require_python_path
 from proxydet.wording import counted
 
 Identifier = int | str
@@ -159,10 +158,8 @@ class AnnotationSource(WithImages):
     a function of the file or folder and the folders of its images, ``read(path, images) -> Document``."""
 
     def __post_init__(self) -> None:
-        if self.reader is not None:
-            require_python_path(self.reader, "reader")
-            if self.format is not None:
-                raise ConfigError("format and reader exclude each other", hint="leave one out")
+        if self.reader is not None and self.format is not None:
+            raise ConfigError("format and reader exclude each other", hint="leave one out")
         if self.share is not None and not 0 <= self.share[0] < self.share[1] <= 1:
             low, high = self.share
             raise ConfigError(

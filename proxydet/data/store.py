@@ -34,8 +34,7 @@ from pycocotools import mask as coco_mask
 from proxydet.data import masks
 from proxydet.data.formats import coco, cvat, label_studio, labelme, via, voc, yolo
 from proxydet.data.formats.coco import no_garbage_collection
-from proxydet.data.formats.collected import below
-from proxydet.data.images import files_below, readable_suffixes
+from proxydet.data.images import files_below, named_images_below, readable_suffixes
 from proxydet.data.records import (
     DAMAGED_MASK,
     LABEL_LISTS,
@@ -269,10 +268,16 @@ _READERS: dict[Format | None, _Reader] = {
     ),
     "Pascal VOC": _Reader(voc.read, lambda source: (voc.files(source.annotations), [])),
     "YOLO": _Reader(yolo.read, yolo.files),
-    "labelme": _Reader(labelme.read, lambda s: (labelme.files(s.annotations), below(s.roots))),
-    "VGG VIA": _Reader(via.read, lambda source: ([source.annotations], below(source.roots))),
+    "labelme": _Reader(
+        labelme.read, lambda s: (labelme.files(s.annotations), named_images_below(s.roots))
+    ),
+    "VGG VIA": _Reader(
+        via.read, lambda source: ([source.annotations], named_images_below(source.roots))
+    ),
     "CVAT XML": _Reader(cvat.read, lambda source: ([source.annotations], [])),
-    "Label Studio JSON": _Reader(label_studio.read, lambda s: ([s.annotations], below(s.roots))),
+    "Label Studio JSON": _Reader(
+        label_studio.read, lambda s: ([s.annotations], named_images_below(s.roots))
+    ),
 }
 
 
@@ -380,7 +385,7 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
         files, images = _READERS[source.format].files(source)
     else:
         _own_reader(source.reader)
-        files, images = [source.annotations], below(source.roots)
+        files, images = [source.annotations], named_images_below(source.roots)
         if source.annotations.is_dir():
             ends = tuple(readable_suffixes())
             there = files_below(source.annotations, ("",))

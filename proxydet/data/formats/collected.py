@@ -11,7 +11,7 @@ import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from xml.parsers import expat
@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from proxydet.data.images import found_image, images_below, sizes_of
 from proxydet.data.masks import LARGEST_IMAGE, RunLengths
 from proxydet.data.records import (
     AnnotationEntry,
@@ -370,31 +369,6 @@ def flat_points(points: object) -> list[float] | None:
 
 
 # --- Files -------------------------------------------------------------------------------------------------------------
-
-
-def below(roots: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Return the images below folders, each with its path in its folder."""
-    return [
-        (image.relative_to(root).as_posix(), image)
-        for root in roots
-        for image in images_below(root)
-    ]
-
-
-def image_sizes(
-    names: Sequence[str], given: Sequence[tuple[int, int] | None], roots: Sequence[Path]
-) -> Iterator[tuple[int, int] | None]:
-    """Yield height and width of images: as given, else from the header of the file; None where neither is there.
-
-    Args:
-        names: Of the images, as `proxydet.data.images.find_image` takes them.
-        given: What the format says, of each.
-        roots: Folders of the images.
-    """
-    unknown = [
-        None if size else found_image(name, roots) for name, size in zip(names, given, strict=True)
-    ]
-    return (size or header for size, header in zip(given, sizes_of(unknown), strict=True))
 
 
 def read_bytes(path: Path, limit: int, hint: str) -> bytes:

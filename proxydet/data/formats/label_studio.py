@@ -23,7 +23,6 @@ from proxydet.data.formats.collected import (
     Objects,
     decode_json,
     flat_points,
-    image_sizes,
     number,
     numbers,
     paste,
@@ -32,7 +31,7 @@ from proxydet.data.formats.collected import (
     size_of,
     turned_box,
 )
-from proxydet.data.images import readable_suffixes
+from proxydet.data.images import image_sizes, readable_suffixes
 from proxydet.data.records import AnnotationSource, Document, StoreReport
 
 _LARGEST_FILE = 512 << 20

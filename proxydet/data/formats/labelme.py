@@ -20,12 +20,11 @@ from proxydet.data.formats.collected import (
     decode_json,
     extent,
     flat_points,
-    image_sizes,
     paste,
     read_bytes,
     size_of,
 )
-from proxydet.data.images import files_below
+from proxydet.data.images import files_below, image_sizes
 from proxydet.data.records import AnnotationSource, Document, StoreReport
 
 _LARGEST_FILE = 256 << 20

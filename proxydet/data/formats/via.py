@@ -17,11 +17,11 @@ from proxydet.data.formats.collected import (
     Ellipse,
     Objects,
     decode_json,
-    image_sizes,
     number,
     numbers,
     read_bytes,
 )
+from proxydet.data.images import image_sizes
 from proxydet.data.records import AnnotationSource, Document, StoreReport
 from proxydet.errors import DataError
 

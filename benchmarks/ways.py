@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import http.server
+import inspect
 import sys
 import tempfile
 import threading
@@ -29,7 +30,7 @@ def entered(inside: Callable[..., Any] | None = None) -> Iterator[set[str]]:
     """Collect the files of ours that calls enter, of all threads; with ``inside``, only of its thread while it runs."""
     files: set[str] = set()
     depth = [0 if inside else 1]
-    code = inside.__code__ if inside else None
+    code = inspect.unwrap(inside).__code__ if inside else None
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if code is not None and frame.f_code is code:

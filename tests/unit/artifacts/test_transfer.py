@@ -232,7 +232,7 @@ class TestLengths:
 class TestWrongBytes:
     def test_they_never_get_the_name(self, fetch, server, body):
         served = server.add("/f", body[::-1])
-        with pytest.raises(DigestError, match="sha256") as caught:
+        with pytest.raises(DigestError, match="SHA-256") as caught:
             fetch("/f", pinned=body)
         failed(fetch)
         assert fetch.leftovers() == []

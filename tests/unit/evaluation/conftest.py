@@ -129,12 +129,6 @@ def make_set() -> Callable[..., GeneratedSet]:
 
 
 @pytest.fixture(scope="session")
-def mask_of() -> Callable[..., dict[str, Any]]:
-    """The function that draws an elliptic mask."""
-    return ellipse
-
-
-@pytest.fixture(scope="session")
 def sample() -> Path:
     """The folder of real LVIS annotations with the official evaluator's numbers."""
     if not SAMPLE.is_dir():

@@ -187,9 +187,10 @@ def test_a_plan_has_each_image_once_and_is_kept(photos, tmp_path, monkeypatch):
     assert manifest["bytes"] == sum(p.stat().st_size for p in photos.glob("[0-9]*"))
 
 
-def test_a_small_job_has_parts_for_several_workers(tmp_path):
+def test_a_small_job_has_parts_for_several_workers(tmp_path, monkeypatch):
     listed = tmp_path / "list"
-    for images, parts in ((300, 6), (10_000, 67), (64_000, 64)):
+    monkeypatch.setattr(sharded, "LARGEST_PART", 100)
+    for images, parts in ((300, 6), (6_000, 120), (6_400, 64), (7_000, 70)):
         listed.write_text("".join(f"{index}.png\n" for index in range(images)))
         job = plan(tmp_path / str(images), f"@{listed}", part_images=None)
         assert len(job.offsets) == parts

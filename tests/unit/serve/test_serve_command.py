@@ -245,6 +245,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(run_folder, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_the_program_answers_as_predict_does_and_stops_when_told(run_folder, png, tmp_path, cli):
     picture = tmp_path / "a.png"
     picture.write_bytes(png)

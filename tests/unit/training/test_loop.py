@@ -393,7 +393,7 @@ def test_a_loader_that_is_stuck_or_ends_stops_the_run(toy, tmp_path, monkeypatch
     with pytest.raises(TrainingError, match="no batch for 0 seconds"):
         toy.run(tmp_path, {}, pause=2.0, loader_timeout=0.3)
     monkeypatch.setattr(toy, "toy_loader", lambda *_: iter([toy.toy_batch(0)]))
-    with pytest.raises(DataError, match="came to its end"):
+    with pytest.raises(DataError, match="ended before training"):
         toy.run(tmp_path, {})
 
 

@@ -134,7 +134,7 @@ def _require_whole(mapping: Mapping[str, Any]) -> None:
     """Compare a manifest's values with the SHA-256 in it; version 0.1 wrote none.
 
     Raises:
-        InputError: They are not what was written.
+        InputError: They changed since they were written.
     """
     content = {key: value for key, value in mapping.items() if key != "sha256"}
     sealed = "sha256" in mapping or mapping.get("format") == FORMAT  # damage to either key is seen
@@ -214,7 +214,7 @@ def read_run_records(run: Path) -> tuple[RunManifest, EnvironmentReport]:
         The manifest and the environment report.
 
     Raises:
-        InputError: A file is missing, not one of ours, or not what was written.
+        InputError: A file is missing, not one of ours, or changed since it was written.
     """
     folder = folder_of(run)
     manifest = read_manifest(folder)

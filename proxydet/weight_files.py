@@ -945,7 +945,7 @@ def check_seal(path: Path, mark: bytes, *, hint: str) -> bool:
         Whether there is one.
 
     Raises:
-        CheckpointError: The file is absent, or not what was written.
+        CheckpointError: The file is absent, or changed since it was written.
     """
     with _errors(path, hint, "an exported detector"), path.open("rb") as file:
         size = file.seek(0, 2) - _HEX

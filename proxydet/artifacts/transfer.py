@@ -300,7 +300,7 @@ class Transfer:
         target: Its final path.
         expected: Size and digest that were recorded on first use, where none are published.
         client: Makes the requests.
-        counted: Called with the bytes that need no longer be fetched; negative for those that are thrown away.
+        counted: Called with the bytes that need no longer be fetched; negative for those that are discarded.
     """
 
     def __init__(

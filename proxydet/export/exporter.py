@@ -159,7 +159,7 @@ def export_detector(
         MissingDependencyError: A package of the extra ``export`` is absent.
         InputError: An image cannot be read.
         RuntimeEnvironmentError: The file cannot be written.
-        NumericsError: The file finds something else than the detector; nothing is left at ``path``.
+        NumericsError: The file disagrees with the detector; nothing is left at ``path``.
     """
     path = Path(path)
     if format is None and path.suffix not in SUFFIXES:

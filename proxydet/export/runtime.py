@@ -152,7 +152,7 @@ def check_exported(path: Path, mark: bytes) -> bool:
         Whether it carries its digest.
 
     Raises:
-        InputError: It is absent, or is not what was written.
+        InputError: It is absent, or changed since it was written.
     """
     if not path.is_file():
         raise InputError(

@@ -289,7 +289,7 @@ class Part:
         """Its tensors; values lie in the file until they are read.
 
         Raises:
-            DataError: The file is absent, or not what was written.
+            DataError: The file is absent, or changed since it was written.
         """
         from safetensors import SafetensorError, safe_open
 

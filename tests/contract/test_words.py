@@ -22,6 +22,12 @@ WORDS = {
     r"\bbeside\b": "next to",
     r"\bin turn\b": "alternately, in order",
     r"\bby any words\b": "from any class names",
+    r"\bthings? (is|are) wrong\b": "problems",
+    r"\bof no kind\b": "must end in",
+    r"\bsomething else than\b": "is not, disagrees with",
+    r"\bnot what was written\b": "SHA-256 mismatch, changed since it was written",
+    r"\bthrown away\b": "deleted, discarded",
+    r"\bbelongs? to --": "requires --",
 }
 """What to write instead of each, by pattern."""
 
@@ -78,7 +84,8 @@ def test_code_uses_the_words_of_the_field(trees):
     [
         "two pictures", "a drawn data set", "the data\ndescription", "it went on", "begin anew", "what became of it",
         "4 files could not be had", "Look at it", "the log tells why", "it was told", "X is no checkpoint", "beside it",
-        "one in turn", "Find objects by any words.",
+        "one in turn", "Find objects by any words.", "1 things are wrong", "a.txt is of no kind that can be written",
+        "holds something else than an index", "the file is not what was written", "it was thrown away", "--names belongs to --data",
     ],
 )  # fmt: skip
 def test_each_word_is_found(text):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from proxydet.artifacts.addresses import host_of
 from proxydet.artifacts.archives import Listing, read_listing, unpack
@@ -25,13 +25,7 @@ from proxydet.artifacts.http import (
     StoppedError,
     TransferSettings,
 )
-from proxydet.artifacts.plan import (
-    Item,
-    Need,
-    Place,
-    Plan,
-    State,
-)
+from proxydet.artifacts.plan import Item, Need, Place, Plan, State
 from proxydet.artifacts.transfer import Seen, Transfer, kept_bytes
 from proxydet.errors import (
     ArchiveError,
@@ -41,7 +35,7 @@ from proxydet.errors import (
     ProxydetError,
     TransferError,
 )
-from proxydet.files import Lock, free_bytes, sha256
+from proxydet.files import Lock, free_bytes, open_regular, sha256
 from proxydet.reporting import SILENT, Progress, Task
 from proxydet.wording import counted
 
@@ -132,20 +126,6 @@ class Report:
             "\n".join([head, *lines]),
             hint=errors[0].hint or "Run the same command again: what was fetched is kept.",
         )
-
-
-class _Check(NamedTuple):
-    """What lies where an artifact should be: at a glance, or read through."""
-
-    state: State
-    """``READY``: as far as was read, all is right; ``UNCHECKED``: nothing was read, or nothing is known to check the bytes
-    against; ``PACKED``, ``ABSENT``, ``DIFFERENT``."""
-    path: Path
-    """The file or folder that this is about."""
-    why: str = ""
-    """What was checked, or is wrong or special."""
-    sha256: str | None = None
-    """Digest of the file; of an archive, where that is not unpacked."""
 
 
 class Downloader:
@@ -330,7 +310,7 @@ class Downloader:
                 place.target.unlink(missing_ok=True)
                 _logger.info("%s: removed its archive, left by an interrupted run", artifact.name)
             return _done(item)
-        found = _Check(item.state, item.path, item.why)
+        found = item
         if item.state in (State.UNCHECKED, State.PACKED):
             found = self._check(place, read="unknown")
         if found.state is State.DIFFERENT:
@@ -475,7 +455,7 @@ class Downloader:
             except StoppedError:
                 raise
             except ProxydetError as error:
-                found = _Check(State.DIFFERENT, place.path, error.message)
+                found = Item(artifact, State.DIFFERENT, place.path, error.message)
             place.damaged = found.state is State.DIFFERENT
             status, note = _VERDICTS[found.state], found.why
             if status == "unproven" and found.sha256 is not None:
@@ -491,26 +471,23 @@ class Downloader:
         Raises:
             ArtifactError: A record under the root is damaged.
         """
-        place, kept = self._place(artifact), 0
+        place = self._place(artifact)
         if place.path.exists() and place.damaged:
-            found = _Check(State.DIFFERENT, place.path, "--verify found it damaged")
-        else:
-            found = self._check(place, read="nothing")
-        state, why = found.state, found.why
-        if state is State.ABSENT:
-            kept = kept_bytes(place.target)
-            state = State.PARTIAL if kept else State.ABSENT
-            locked = artifact.login is not None and not any(
-                map(self._client.has_credentials, artifact.addresses)
-            )
-            if artifact.login is not None and locked:
-                state, why = State.NEEDS_ACCOUNT, artifact.login.how
-        return Item(artifact=artifact, state=state, path=place.path, kept=kept, why=why)
+            return Item(artifact, State.DIFFERENT, place.path, "--verify found it damaged")
+        found = replace(self._check(place, read="nothing"), path=place.path)
+        if found.state is not State.ABSENT:
+            return found
+        if artifact.login is not None and not any(
+            map(self._client.has_credentials, artifact.addresses)
+        ):
+            return replace(found, state=State.NEEDS_ACCOUNT, why=artifact.login.how)
+        kept = kept_bytes(place.target)
+        return replace(found, state=State.PARTIAL if kept else State.ABSENT, kept=kept)
 
     def _place(self, artifact: Artifact) -> Place:
         return Place(artifact, self.options.root)
 
-    def _check(self, place: Place, *, read: Literal["nothing", "unknown", "all"]) -> _Check:
+    def _check(self, place: Place, *, read: Literal["nothing", "unknown", "all"]) -> Item:
         """Check what lies there.
 
         Args:
@@ -533,36 +510,38 @@ class Downloader:
                 return found
             why = found.why
         if not target.exists():
-            return _Check(State.ABSENT, place.path, why)
+            return Item(artifact, State.ABSENT, place.path, why)
         if not target.is_file():
-            return _Check(State.DIFFERENT, target, "it is not a file")
+            return Item(artifact, State.DIFFERENT, target, "it is not a file")
         seen, there = place.first_seen(), target.stat().st_size
         size = artifact.size if seen is None else seen.size
         if size not in (None, there):
-            return _Check(State.DIFFERENT, target, f"it has {there} bytes instead of {size}")
+            return Item(
+                artifact, State.DIFFERENT, target, f"it has {there} bytes instead of {size}"
+            )
         digest = None if read == "all" else place.checked().get("sha256")
         if digest is None and read != "nothing":
             digest = self._sha256(target)
         expected = artifact.sha256 if seen is None else seen.sha256
         if digest is not None and expected not in (None, digest):
             why = f"expected sha256 {expected}, got {digest}"
-            return _Check(State.DIFFERENT, target, why)
+            return Item(artifact, State.DIFFERENT, target, why)
         if read == "nothing" and artifact.unpack is not None:
-            return _Check(State.PACKED, target, "not unpacked yet")
+            return Item(artifact, State.PACKED, target, "not unpacked yet")
         if digest is not None and expected is not None:
             if read == "all":
                 place.record_checked(digest)
             why = "published digest" if artifact.pinned else "digest of first use"
-            return _Check(State.READY, target, "" if read == "nothing" else why, digest)
+            return Item(artifact, State.READY, target, "" if read == "nothing" else why, digest)
         try:
             holds = "" if read == "nothing" else check_content(artifact, target)
         except ProxydetError as error:
-            return _Check(State.DIFFERENT, target, error.message)
-        return _Check(State.UNCHECKED, target, holds, digest)
+            return Item(artifact, State.DIFFERENT, target, error.message)
+        return Item(artifact, State.UNCHECKED, target, holds, digest)
 
-    def _check_listed(self, place: Place, listed: Listing, read: str) -> _Check:
+    def _check_listed(self, place: Place, listed: Listing, read: str) -> Item:
         """Check files that were unpacked here."""
-        path, folder = place.path, place.folder
+        artifact, path, folder = place.artifact, place.path, place.folder
         if read != "all":
             names: dict[str, set[str]] = defaultdict(set)  # each folder is read once
             for parent, _, last in (name.rpartition("/") for name in listed):
@@ -572,8 +551,8 @@ class Downloader:
                 there = {entry.name for entry in os.scandir(inner)} if inner.is_dir() else set()
                 if missing := lasts - there:
                     why = f"{parent}/{min(missing)} is missing".lstrip("/")
-                    return _Check(State.ABSENT, path, why)
-            return _Check(State.READY, path, f"{len(listed)} files")
+                    return Item(artifact, State.ABSENT, path, why)
+            return Item(artifact, State.READY, path, f"{len(listed)} files")
         wrong: list[str] = []
         total = sum(size for size, _ in listed.values())
         with self._progress.task(f"checking {place.artifact.name}", total=total, unit="B") as task:
@@ -582,7 +561,7 @@ class Downloader:
                     raise StoppedError
                 crc = size = 0
                 try:
-                    with (folder / name).open("rb") as file:
+                    with open_regular(folder / name) as file:
                         while block := file.read(1 << 20):
                             crc, size = zlib.crc32(block, crc), size + len(block)
                 except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -594,16 +573,16 @@ class Downloader:
                 task.advance(expected[0])
         if wrong:
             what = f"{len(wrong)} of {len(listed)} files are missing or changed"
-            return _Check(State.DIFFERENT, path, f"{what}, such as {wrong[0]}")
-        return _Check(State.READY, path, f"check sums of {len(listed)} files")
+            return Item(artifact, State.DIFFERENT, path, f"{what}, such as {wrong[0]}")
+        return Item(artifact, State.READY, path, f"check sums of {len(listed)} files")
 
-    def _check_placed(self, place: Place, rule: Unpack, read: str) -> _Check:
+    def _check_placed(self, place: Place, rule: Unpack, read: str) -> Item:
         """Check unpacked files that somebody placed by hand, if anybody did."""
-        proven = True
+        artifact, proven = place.artifact, True
         for provided in rule.provides:
             path = place.folder / provided.path
             if not path.exists():
-                return _Check(State.ABSENT, place.path)
+                return Item(artifact, State.ABSENT, place.path)
             if path.is_dir():
                 count, right = sum(len(names) for _, _, names in os.walk(path)), provided.files
                 fits = provided.size is None and (count == right if right else count > 0)
@@ -614,7 +593,7 @@ class Downloader:
                 what = f"{path.name} has {count} bytes"
             if not fits:
                 what += "" if right is None else f" instead of {right}"
-                return _Check(State.ABSENT, place.path, what)
+                return Item(artifact, State.ABSENT, place.path, what)
             digest = None if read == "all" else place.checked(path).get("sha256")
             if provided.sha256 is None or not path.is_file():
                 proven = proven and read == "nothing"  # no more is known than a glance shows
@@ -624,13 +603,13 @@ class Downloader:
                 proven = False
             elif (digest := self._sha256(path)) != provided.sha256:
                 why = f"expected sha256 {provided.sha256}, got {digest}"
-                return _Check(State.DIFFERENT, path, why)
+                return Item(artifact, State.DIFFERENT, path, why)
             else:
                 place.record_checked(digest, path)
         if proven and read != "nothing":
-            return _Check(State.READY, place.path, "published digests")
+            return Item(artifact, State.READY, place.path, "published digests")
         why = "placed by hand" + ("; no check sums are known" if read != "nothing" else "")
-        return _Check(State.READY if proven else State.UNCHECKED, place.path, why)
+        return Item(artifact, State.READY if proven else State.UNCHECKED, place.path, why)
 
     def _sha256(self, path: Path) -> str:
         """Return the digest of a file; errors of reading it are `ArtifactError`, a stopped job raises `StoppedError`."""

@@ -191,22 +191,24 @@ class State(Enum):
     """It is not there, and its source wants an account for which no credentials are at hand."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Item:
-    """What was found for one artifact."""
+    """What was found for one artifact, at a glance or read through."""
 
     artifact: Artifact
     """The artifact."""
     state: State
-    """What is there of it."""
+    """What is there of it; read through, ``UNCHECKED`` means that nothing is known to check its bytes against."""
     path: Path
     """The file, or the folder that its archive is unpacked to."""
+    why: str = ""
+    """What was checked, or is wrong or special, in a few words."""
+    sha256: str | None = None
+    """Digest of the file where it is known; of an archive, where that is not unpacked."""
     kept: int = 0
     """Bytes that an earlier run has fetched already."""
     announced: int | None = None
     """Size that the server gave when asked, where none is published."""
-    why: str = ""
-    """What is wrong or special, in a few words."""
 
     @property
     def must_fetch(self) -> bool:

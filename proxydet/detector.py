@@ -6,7 +6,6 @@ opened.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import threading
@@ -40,11 +39,9 @@ from proxydet.errors import (
     InputError,
     NumericsError,
     RuntimeEnvironmentError,
-    VocabularyError,
 )
-from proxydet.files import sha256
+from proxydet.extensions import source_digests
 from proxydet.hub import damage_explained
-from proxydet.manifest import MANIFEST_NAME
 from proxydet.modeling.config import TTA_SCALES, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ImageView, ProxyDetNetwork, usable_precision
 from proxydet.modeling.postprocess import Prediction, to_host
@@ -64,8 +61,10 @@ from proxydet.models import (
     is_run,
     locate_published,
     newest_weights,
+    run_encoder,
+    run_vocabulary,
 )
-from proxydet.paths import how_to_restore, require_run
+from proxydet.paths import require_run
 from proxydet.runtime.torch_probe import half_speed
 from proxydet.vocabulary.sources import Classes, TrainedClasses, published_vocabulary
 from proxydet.vocabulary.vocabulary import FloatArray, TextEncoder, Vocabulary
@@ -161,9 +160,15 @@ class Detector(TrainedClasses):
         run = require_run(Path(folder))
         settings = DetectorConfig.of(configuration_of(run))
         weights = checkpoint or newest_weights(run)
-        return cls._open(
-            settings, _vocabulary_of(run), weights, chosen, _encoder_of(run, settings.data), run
+        detector = cls._open(
+            settings, run_vocabulary(run), weights, chosen, _encoder_of(run, settings.data), run
         )
+        recorded = digests_of(run)
+        model = settings.model
+        for name, digest in source_digests((model.backbone.kind, model.cascade.box_head)).items():
+            if recorded.get(name, digest) != digest:
+                logger.warning("%s: the %s changed since the run was trained", run, name)
+        return detector
 
     @classmethod
     def from_checkpoint(
@@ -198,7 +203,7 @@ class Detector(TrainedClasses):
                 configuration_of(named.parent) if of_run else load_mapping(named)
             )
             if vocabulary is None and is_run(named.parent):
-                vocabulary = _vocabulary_of(named.parent)
+                vocabulary = run_vocabulary(named.parent)
                 encoder = _encoder_of(named.parent, settings.data)
         else:
             settings = SIZES[named]
@@ -774,30 +779,9 @@ def open_named(named: NamedDetector, *, device: str = "auto") -> Detector:
     return Detector._open(PUBLISHED_MODELS[name], published_vocabulary("lvis"), weights, chosen)
 
 
-def _vocabulary_of(folder: Path) -> Vocabulary:
-    path = folder / "vocabulary.npz"
-    vocabulary = Vocabulary.load(path)
-    if digests_of(folder).get("vocabulary", vocabulary.digest) != vocabulary.digest:
-        raise _edited(path)
-    return vocabulary
-
-
-def _edited(path: Path) -> VocabularyError:
-    return VocabularyError(
-        f"{path} is not what the run wrote, by the digest in its {MANIFEST_NAME}",
-        hint=how_to_restore(path, "put the run's own file back"),
-        path=path,
-    )
-
-
 def _encoder_of(folder: Path, data: DataConfig) -> Path | None:
     """The text encoder that the run's data came with; None where that is CLIP."""
-    own = folder / "text_encoder.json"
-    expected = digests_of(folder).get("text encoder")
-    if own.exists() or expected is not None:  # one that is gone is reported when it is opened
-        with contextlib.suppress(OSError):  # which is reported when it is opened
-            if expected is not None and sha256(own) != expected:
-                raise _edited(own)
+    if (own := run_encoder(folder)) is not None:
         return own
     if data.description is None or not data.description.is_file():
         return None

@@ -43,6 +43,7 @@ from proxydet.errors import (
     ProxydetError,
     RuntimeEnvironmentError,
 )
+from proxydet.paths import cache_folder
 from proxydet.wording import counted, json_text, size_text
 
 logger = logging.getLogger(__name__)
@@ -89,16 +90,19 @@ def unwritable(
         reason: Its text.
         hint: What the user can do; None gives the usual advice.
     """
+    other = "choose another folder"
+    with contextlib.suppress(RuntimeEnvironmentError):  # no home
+        if cache_folder("") in target.absolute().parents:
+            other = "name another folder for the cache in PROXYDET_CACHE (or XDG_CACHE_HOME)"
     if number in _FULL:
         return DiskFullError(
             f"there is no room left on the disk to write {target} ({reason})",
-            hint=hint
-            or "free some space, or choose another folder, and run the same command again",
+            hint=hint or f"free some space, or {other}, and run the same command again",
             path=target,
         )
     return RuntimeEnvironmentError(
         f"{target} cannot be written: {reason}",
-        hint=hint or "check that you may write to its folder, or choose another one",
+        hint=hint or f"check that you may write to its folder, or {other}",
         path=target,
     )
 

@@ -36,10 +36,11 @@ from proxydet.models import (
     configuration_of,
     locate_published,
     newest_weights,
+    run_encoder,
     vocabulary_of,
 )
 from proxydet.recipes import RunConfig, absolute_paths, get_recipe, resolve_config
-from proxydet.training.config import LogConfig
+from proxydet.training.config import LogConfig, shortened
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.wording import first_of
 
@@ -217,24 +218,7 @@ def with_epochs(config: RunConfig, epochs: float) -> tuple[RunConfig, tuple[Reas
     images, training = len(data.store("train").image_ids), config.training
     per_step = _annotated_per_batch(config, data) * training.replicas
     iterations = max(round(epochs * images / per_step), 1)
-
-    def share(count: int) -> int:
-        return max(round(count * iterations / training.iterations), 1)
-
-    evaluation, schedule = training.evaluation, training.schedule
-    changed = dataclasses.replace(
-        training,
-        iterations=iterations,
-        schedule=dataclasses.replace(schedule, warmup_iterations=share(schedule.warmup_iterations)),
-        checkpoints=dataclasses.replace(
-            training.checkpoints, period=share(training.checkpoints.period)
-        ),
-        evaluation=dataclasses.replace(
-            evaluation,
-            period=None if evaluation.period is None else share(evaluation.period),
-            start=share(evaluation.start) if evaluation.start else 0,
-        ),
-    )
+    changed = shortened(training, training.iterations / iterations)
     why = f"{epochs:g} epochs of {images:,} images, {per_step:.3g} an iteration; warm-up and periods in proportion"
     reason = Reason(key="training.iterations", value=str(iterations), why=why)
     return dataclasses.replace(config, training=changed), (reason,)
@@ -301,7 +285,7 @@ def check_embeddings(
             for a class that both have.
     """
     embeddings = data.classes.embeddings
-    encoder = None if start.run is None else start.run / "text_encoder.json"
+    encoder = None if start.run is None else run_encoder(start.run)
     if encoder is not None and not encoder.is_file():
         encoder = None
     option = f" --encoder {shlex.quote(str(encoder))}" if encoder is not None else ""

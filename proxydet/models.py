@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,14 @@ from typing import Any, Literal
 
 from proxydet.config import from_mapping, load_mapping
 from proxydet.data.config import DataConfig
-from proxydet.errors import ArtifactError, CheckpointError, ConfigError, InputError
+from proxydet.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    InputError,
+    VocabularyError,
+)
+from proxydet.files import sha256
 from proxydet.hub import fetch, split_name
 from proxydet.manifest import (
     EVALUATION_KEYS,
@@ -29,7 +36,14 @@ from proxydet.manifest import (
     read_values,
 )
 from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfig
-from proxydet.paths import QUICKSTARTS_RUN, did_you_mean, require_run, run_in
+from proxydet.paths import (
+    QUICKSTARTS_RUN,
+    did_you_mean,
+    how_to_restore,
+    list_checkpoints,
+    require_run,
+    run_in,
+)
 from proxydet.vocabulary.sources import published_vocabulary
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import check_weight_file
@@ -37,7 +51,6 @@ from proxydet.wording import nearest
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT = re.compile(r"step_(\d+)\.pth")
 # May differ from a run's manifest, and mean nothing to a detector.
 _UNUSED_KEYS = tuple(key for key in FREE_KEYS if key not in EVALUATION_KEYS)
 
@@ -292,11 +305,47 @@ def vocabulary_of(start: NamedDetector) -> Vocabulary | None:
     """Return the classes that a detector was trained on; None of a weight file without a run.
 
     Raises:
-        VocabularyError: Their file is absent or damaged.
+        VocabularyError: As `run_vocabulary`.
     """
     if start.run is not None:
-        return Vocabulary.load(start.run / "vocabulary.npz")
+        return run_vocabulary(start.run)
     return published_vocabulary("lvis") if start.published is not None else None
+
+
+def run_vocabulary(run: Path) -> Vocabulary:
+    """Return the classes that a run was trained on.
+
+    Raises:
+        VocabularyError: Their file is absent, damaged, or not what the run wrote, by its manifest.
+    """
+    path = run / "vocabulary.npz"
+    vocabulary = Vocabulary.load(path)
+    _require_written(path, "vocabulary", vocabulary.digest)
+    return vocabulary
+
+
+def run_encoder(run: Path) -> Path | None:
+    """Return the text encoder in a run folder, which may be gone; None where the run has none of its own.
+
+    Raises:
+        VocabularyError: It is not what the run wrote, by its manifest.
+    """
+    path = run / "text_encoder.json"
+    if path.exists():
+        with contextlib.suppress(OSError):  # which is reported when it is opened
+            _require_written(path, "text encoder", sha256(path))
+    elif "text encoder" not in digests_of(run):
+        return None
+    return path
+
+
+def _require_written(path: Path, name: str, digest: str) -> None:
+    if digests_of(path.parent).get(name, digest) != digest:
+        raise VocabularyError(
+            f"{path} is not what the run wrote, by the digest in its {MANIFEST_NAME}",
+            hint=how_to_restore(path, "put the run's own file back"),
+            path=path,
+        )
 
 
 def newest_weights(folder: Path) -> Path:
@@ -311,18 +360,14 @@ def newest_weights(folder: Path) -> Path:
             if name == best:
                 logger.info("%s: the weights of its best evaluation, %s", folder, name)
             return folder / name
-    steps = {
-        int(match[1]): path
-        for path in folder.glob("checkpoints/step_*.pth")
-        if (match := _CHECKPOINT.fullmatch(path.name))
-    }
+    steps = list_checkpoints(folder / "checkpoints")
     if not steps:
         raise CheckpointError(
             f"the run {folder} has no weights yet",
-            hint=f"continue it: proxydet train --config {folder / 'config.yaml'} --output {folder}",
+            hint=f"continue it: proxydet train --config {shlex.quote(str(folder / 'config.yaml'))} --output {shlex.quote(str(folder))}",
             path=folder,
         )
-    return steps[max(steps)]
+    return steps[-1][1]
 
 
 def configuration_of(run: Path) -> Mapping[str, Any]:

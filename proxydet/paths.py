@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -97,6 +98,28 @@ def how_to_restore(path: Path, otherwise: str) -> str:
         return otherwise
     command = ["proxydet", "train", "--config", str(run / "config.yaml"), "--output", str(run)]
     return f"write it again from the run's last checkpoint: {shlex.join(command)}"
+
+
+_STEP = re.compile(r"step_(\d{7,})")
+
+
+def step_name(iteration: int) -> str:
+    """Return what the files and folders of an iteration are called in a run folder, without an ending."""
+    return f"step_{iteration:07d}"
+
+
+def step_of(name: str) -> int | None:
+    """Return the iteration of a `step_name`; None where it is not one."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return (iteration, path) of the complete checkpoints in a folder, which may be absent, oldest first."""
+    if not folder.is_dir():
+        return []
+    named = ((step_of(path.stem), path) for path in folder.iterdir() if path.suffix == ".pth")
+    return sorted((step, path) for step, path in named if step is not None)
 
 
 def did_you_mean(path: Path) -> str:

@@ -49,6 +49,7 @@ from proxydet.files import (
     unwritable,
     write_errors,
 )
+from proxydet.paths import list_checkpoints
 
 if (
     TYPE_CHECKING
@@ -347,10 +348,10 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
 
 def _remedy(path: Path, hint: str) -> str:
     """Name the weights to use instead, where the file lies in a run folder that has others which can be read."""
-    if hint != _HINT or not path.name.startswith("model_final."):
+    if hint != _HINT or not path.name.startswith(("model_final.", "model_best.")):
         return hint
-    checkpoints = sorted(path.parent.glob("checkpoints/step_*.pth"), reverse=True)
-    for other in (*path.parent.glob("model_final.*"), *checkpoints):
+    checkpoints = [other for _, other in list_checkpoints(path.parent / "checkpoints")]
+    for other in (*path.parent.glob("model_final.*"), *reversed(checkpoints)):
         if other != path:
             with contextlib.suppress(CheckpointError, RuntimeEnvironmentError):
                 read_state_dict(other, hint="")

@@ -294,7 +294,7 @@ class _Checker:
             if (root / source).exists() and not (root / f"{name}.toml").exists()
         ]
         tars, lvis = root / "imagenet/ImageNet-21K", root / "lvis.toml"
-        if tars.is_dir() and lvis.exists() and "[image_labels]" not in lvis.read_text("utf-8"):
+        if tars.is_dir() and lvis.is_file() and b"[image_labels]" not in lvis.read_bytes():
             source = str(tars.relative_to(root))
             unprepared.append((source, "lvis.toml does not use it", "imagenet-lvis"))
         for source, lack, name in unprepared:

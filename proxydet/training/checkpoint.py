@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from proxydet.errors import CheckpointError, NumericsError, ProxydetError
+from proxydet.paths import list_checkpoints, step_name
 from proxydet.weight_files import FORMAT, read_content, write_state
 
 if TYPE_CHECKING:
@@ -29,21 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step_(\d{7,})")
 _NO_ROOM = "make room and start the same command again: it resumes from the newest checkpoint"
 _OTHER_WEIGHTS = "start a new run from its weights with --weights; --resume takes a checkpoint, RUN/checkpoints/step_....pth"
 _OLDER = "resume from an older one: --resume RUN/checkpoints/step_....pth"
-
-
-def step_name(iteration: int) -> str:
-    """Return what the files and folders of an iteration are called, without an ending."""
-    return f"step_{iteration:07d}"
-
-
-def step_of(name: str) -> int | None:
-    """Return the iteration of a `step_name`; None where it is not one."""
-    match = _NAME.fullmatch(name)
-    return int(match[1]) if match else None
 
 
 @dataclass(kw_only=True)
@@ -250,14 +238,6 @@ def check_finite(network: nn.Module) -> None:
             f"{len(names)} weights are not finite, the first: {', '.join(names[:3])}.",
             hint="The last checkpoint is good. Lower the learning rate, or use precision bf16 or fp32.",
         )
-
-
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Return (iteration, path) of the complete checkpoints in a folder, which may be absent, oldest first."""
-    if not folder.is_dir():
-        return []
-    named = ((step_of(path.stem), path) for path in folder.iterdir() if path.suffix == ".pth")
-    return sorted((step, path) for step, path in named if step is not None)
 
 
 class CheckpointFolder:

@@ -367,6 +367,21 @@ def scale_training(config: TrainingConfig, replicas: int) -> TrainingConfig:
     factor = replicas / config.replicas
     if factor == 1 or config.scaling == "none":
         return dataclasses.replace(config, replicas=replicas)
+    rate = config.optimizer.learning_rate * factor
+    return dataclasses.replace(
+        shortened(config, factor),
+        replicas=replicas,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
+        ema=dataclasses.replace(
+            config.ema,
+            decay=None if config.ema.decay is None else config.ema.decay**factor,
+            warmup_iterations=max(round(config.ema.warmup_iterations / factor), 1),
+        ),
+    )
+
+
+def shortened(config: TrainingConfig, factor: float) -> TrainingConfig:
+    """Return the settings with iterations, warm-up and all periods but the log's divided by a factor above 0."""
 
     def fewer(count: int) -> int:
         return max(round(count / factor), 1)
@@ -374,20 +389,12 @@ def scale_training(config: TrainingConfig, replicas: int) -> TrainingConfig:
     def fewer_or_none(count: int | None) -> int | None:
         return None if count is None else fewer(count)
 
-    optimizer, schedule = config.optimizer, config.schedule
-    checkpoints, evaluation = config.checkpoints, config.evaluation
+    schedule, checkpoints, evaluation = config.schedule, config.checkpoints, config.evaluation
     return dataclasses.replace(
         config,
-        replicas=replicas,
         iterations=fewer(config.iterations),
-        optimizer=dataclasses.replace(optimizer, learning_rate=optimizer.learning_rate * factor),
         schedule=dataclasses.replace(
             schedule, warmup_iterations=round(schedule.warmup_iterations / factor)
-        ),
-        ema=dataclasses.replace(
-            config.ema,
-            decay=None if config.ema.decay is None else config.ema.decay**factor,
-            warmup_iterations=fewer(config.ema.warmup_iterations),
         ),
         checkpoints=dataclasses.replace(
             checkpoints,

@@ -36,7 +36,7 @@ from proxydet.modeling.centernet import CenterNet
 from proxydet.modeling.config import ModelConfig, Precision
 from proxydet.modeling.network import usable_precision
 from proxydet.modeling.roi_heads import RoiHeads
-from proxydet.training.checkpoint import list_checkpoints
+from proxydet.paths import list_checkpoints
 from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import DistInfo, choose_device
 from proxydet.training.launch import LaunchPlan

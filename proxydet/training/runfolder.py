@@ -55,14 +55,9 @@ from proxydet.errors import (
 )
 from proxydet.files import JsonLines, Lock, sha256, sweep, write_text
 from proxydet.manifest import FREE_KEYS, differing, listed, read_run_records, read_values
-from proxydet.training.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    read_iteration,
-    read_run,
-    step_name,
-    step_of,
-)
+from proxydet.paths import list_checkpoints, step_name, step_of
+from proxydet.runtime.modes import Mode
+from proxydet.training.checkpoint import load_checkpoint, read_iteration, read_run
 from proxydet.training.config import EvaluationSchedule, scale_training
 from proxydet.training.distributed import DistInfo, launched_rank, number_in
 from proxydet.training.launch import LAUNCHER, holds_logs_only
@@ -207,14 +202,6 @@ class RunFolder:
         logger.warning(
             "Resuming from iteration %d; what came after it is now in %s", iteration, aside
         )
-
-    def remove_unfinished_evaluations(self) -> None:
-        """Remove the predictions of an evaluation that was interrupted: with other settings it starts again."""
-        done = {record.get("iteration") for record in JsonLines(self.evaluations).read()}
-        for path in (self.root / "evaluations").glob("step_*"):
-            step = step_of(path.name)
-            if step is not None and step not in done:
-                shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
         """Remove the run that the folder holds; files that are not a run's stay, and logs where this process writes one."""
@@ -386,8 +373,15 @@ def check_same(earlier: EarlierRun, config: RunConfig, *, before_data: bool = Fa
         )
 
 
-def check_same_data(earlier: EarlierRun, digests: Mapping[str, str]) -> None:
-    """Make sure that the data of an earlier run are as they were.
+def check_same_data(earlier: EarlierRun, digests: Mapping[str, str], *, mode: Mode) -> None:
+    """Make sure that the data of an earlier run, and own code in its configuration, are as they were.
+
+    Code that changed is reported; in mode ``strict``, which repeats itself bit for bit, it is refused.
+
+    Args:
+        earlier: The run.
+        digests: Of its data now, by name; those of code are called ``code PATH``.
+        mode: The run's reproducibility mode.
 
     Raises:
         ConfigError: They are not; the message says which.
@@ -398,9 +392,19 @@ def check_same_data(earlier: EarlierRun, digests: Mapping[str, str]) -> None:
         # Version 0.1 wrote the version of the store behind the digest of the annotations.
         if not isinstance(before, str) or before.partition("-v")[0] != digest:
             changed.append(name)
+    code = [name for name in changed if name.startswith("code ")]
+    if code and mode != "strict":
+        changed = [name for name in changed if name not in code]
+        if launched_rank() == 0:
+            logger.warning(
+                "%s: the %s changed since the run began, which continues with it as it is now",
+                earlier.root,
+                " and the ".join(code),
+            )
     if changed:
+        what = "code" if changed == code else "data"
         raise ConfigError(
-            f"{earlier.root} holds a run on other data: the {' and the '.join(changed)} changed since.",
+            f"{earlier.root} holds a run on other {what}: the {' and the '.join(changed)} changed since.",
             hint="put the files back as they were; or train in another folder (--output), from this run's weights if "
             "you like (--weights)",
             path=earlier.source,

@@ -31,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from proxydet.errors import ConfigError, NumericsError, RuntimeEnvironmentError
 from proxydet.files import write_json
 from proxydet.modeling.precision import allow_tf32, tf32_kept
-from proxydet.training.checkpoint import TrainingState, step_name
+from proxydet.paths import step_name
+from proxydet.training.checkpoint import TrainingState
 from proxydet.training.config import (
     GuardConfig,
     OptimizerConfig,

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from proxydet._version import __version__
-from proxydet.config import differences, dump_yaml, merge, to_mapping
+from proxydet.config import dump_yaml, merge, to_mapping
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.loader import Targets, TrainingLoader, TrainingSources
 from proxydet.data.store import AnnotationStore
@@ -37,13 +37,21 @@ from proxydet.errors import (
 from proxydet.extensions import load_extension, python_path, require_signature, source_digests
 from proxydet.files import sha256, write_bytes, write_text
 from proxydet.losses.criterion import Losses, build_criterion
-from proxydet.manifest import EVALUATION_KEYS, build_manifest, write_run_records
+from proxydet.manifest import build_manifest, write_run_records
 from proxydet.modeling.backbone import how_to_get_timm, pixel_statistics
 from proxydet.modeling.config import BACKBONES
 from proxydet.modeling.network import ProxyDetNetwork, usable_precision
 from proxydet.modeling.precision import tf32_kept
 from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
-from proxydet.models import PUBLISHED_MODELS, NamedDetector, run_of, vocabulary_of
+from proxydet.models import (
+    PUBLISHED_MODELS,
+    NamedDetector,
+    digests_of,
+    run_encoder,
+    run_of,
+    run_vocabulary,
+    vocabulary_of,
+)
 from proxydet.reporting import SILENT, Progress
 from proxydet.runtime.modes import reproducibility_mode
 from proxydet.runtime.processes import keep_freed_memory
@@ -214,27 +222,32 @@ def train(
             # Of the annotations, whatever the version of their store.
             "annotations": store.path.stem.partition("-v")[0],
             **sources.digests(),
+            **source_digests(
+                (
+                    config.losses.criterion,
+                    config.model.backbone.kind,
+                    config.model.cascade.box_head,
+                )
+            ),
         }
+        encoder = _text_encoder(
+            description, settings, folder if start.resumes_after is not None else None
+        )
+        if encoder is not None:
+            digests["text encoder"] = sha256(encoder)
         for run in earlier:
             check_same(run, config)
-            check_same_data(run, digests)
+            check_same_data(run, digests, mode=config.reproducibility)
         facts = {"configuration": dump_yaml(config, comments=False), **digests}
         parts = {
             "accumulation": str(start.accumulation),
             "number of iterations that a step counts as": str(step),
         }
         check_agreement(ranks, {**facts, **parts, "run folder": str(folder.root)})
-        origin = settings.weights and run_of(settings.weights)
         if settings.finetune.start is not None:
             vocabulary = _with_known(
                 vocabulary, settings, folder if start.resumes_after is not None else None
             )
-        encoder = Path(description.classes.encoder or "")
-        if settings.finetune.start is not None and origin and not description.classes.encoder:
-            encoder = origin / "text_encoder.json"  # for any other words
-        own_encoder = encoder.suffix == ".json" and encoder.is_file()
-        if own_encoder:
-            digests["text encoder"] = sha256(encoder)
         if start.resumes_after is not None and earlier and "weights" in earlier[-1].digests:
             digests["weights"] = earlier[-1].digests["weights"]
 
@@ -265,20 +278,13 @@ def train(
             warn_of_slow_device(network, ranks.device)
             if overwrite and resume == "never":
                 folder.clear()
-            changed = [key for run in earlier for key in differences(run.config, config)]
-            if any(key.startswith(EVALUATION_KEYS) for key in changed):
-                folder.remove_unfinished_evaluations()
             records = (folder.config, folder.vocabulary, folder.manifest, folder.environment)
             here = start.resumes_after is not None and folder.root in [run.root for run in earlier]
             gone = [str(path) for path in records if here and not path.exists()]
             write_text(folder.config, dump_yaml(config))
             vocabulary.save(folder.vocabulary)
-            own_code = (
-                config.losses.criterion, config.model.backbone.kind, config.model.cascade.box_head,
-                *settings.log.loggers,
-            )  # fmt: skip
-            digests.update(source_digests(own_code))
-            if own_encoder:
+            digests.update(source_digests(settings.log.loggers))
+            if encoder not in (None, folder.text_encoder):
                 write_bytes(folder.text_encoder, encoder.read_bytes())
             manifest = build_manifest(
                 "training",
@@ -386,7 +392,7 @@ def _with_known(
     """
     if resumed is not None:
         with suppress(VocabularyError):
-            before = Vocabulary.load(resumed.vocabulary)
+            before = run_vocabulary(resumed.root)
             if before == vocabulary:
                 return before
     run = None if settings.weights is None else run_of(settings.weights)
@@ -395,6 +401,37 @@ def _with_known(
         NamedDetector(published=settings.finetune.start if published else None, run=run)
     )
     return vocabulary if start is None else vocabulary.with_known(start)
+
+
+def _text_encoder(
+    description: DatasetConfig, settings: TrainingConfig, resumed: RunFolder | None
+) -> Path | None:
+    """Return what embeds words that are not trained; None where that is CLIP.
+
+    A run that is resumed keeps its own: that of the data, or of the detector that a fine-tuning starts from, may be gone.
+
+    Raises:
+        VocabularyError: The run's own is damaged or gone, and so is that.
+    """
+    if resumed is not None:
+        with suppress(VocabularyError):
+            own = run_encoder(resumed.root)
+            if own is not None and own.is_file():
+                return own
+    encoder, origin = Path(description.classes.encoder or ""), None
+    if settings.finetune.start is not None and settings.weights is not None:
+        origin = run_of(settings.weights)
+    if origin is not None and not description.classes.encoder:
+        encoder = run_encoder(origin) or encoder
+    if encoder.suffix == ".json" and encoder.is_file():
+        return encoder
+    if resumed is not None and "text encoder" in digests_of(resumed.root):
+        raise VocabularyError(
+            f"{resumed.text_encoder} is damaged or gone, and so is what it was copied from",
+            hint="copy it back from where it is whole, or train again: --overwrite",
+            path=resumed.text_encoder,
+        )
+    return None
 
 
 def fit_to_embeddings(config: RunConfig, dimension: int) -> RunConfig:

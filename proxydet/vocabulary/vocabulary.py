@@ -22,7 +22,13 @@ import numpy.typing as npt
 from numpy.lib.format import MAGIC_PREFIX
 
 from proxydet.errors import CheckpointError, VocabularyError
-from proxydet.files import PLACEHOLDER_BYTES, PlaceholderError, refuse_placeholder, write_bytes
+from proxydet.files import (
+    PLACEHOLDER_BYTES,
+    PlaceholderError,
+    open_regular,
+    refuse_placeholder,
+    write_bytes,
+)
 from proxydet.paths import how_to_restore
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.names import ClassWords, quote_names
@@ -574,7 +580,7 @@ def load_embeddings(path: Path) -> npt.NDArray[Any]:
     """
     hint = "give a .npy file with one row a class, such as numpy.save writes"
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(PLACEHOLDER_BYTES)
             refuse_placeholder(head)
             if not head.startswith(MAGIC_PREFIX):

@@ -242,7 +242,8 @@ class TrainOptions:
             try:
                 check(given)
             except InputError:
-                known = [run for run in runs if run.is_file() and str(given) in run.read_text()]
+                name = os.fsencode(given)
+                known = [run for run in runs if run.is_file() and name in run.read_bytes()]
                 if not known:
                     raise
         for key, path in (

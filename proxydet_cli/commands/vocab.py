@@ -497,16 +497,17 @@ def show(
     json: Json = False,
 ) -> None:
     """Show what each class resembles, whether it counts as base or novel and why, what is too alike, and what CLIP would cut."""
+    from proxydet.models import run_vocabulary
     from proxydet.paths import require_run
     from proxydet.vocabulary.comparison import compare
     from proxydet.vocabulary.sources import check_source
-    from proxydet.vocabulary.vocabulary import Vocabulary, names_too_long
+    from proxydet.vocabulary.vocabulary import names_too_long
 
     if run is not None and against is not None:
         raise typer.BadParameter("give either --against or --run")
     check_source(vocabulary)
     if run is not None:
-        reference = Vocabulary.load(require_run(run) / "vocabulary.npz")
+        reference = run_vocabulary(require_run(run))
     else:
         reference = _training_vocabulary(against, encoder)
     shown = _open(vocabulary, encoder, names=names, known=reference)

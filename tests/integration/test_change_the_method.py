@@ -86,13 +86,26 @@ def check_run(run: Path) -> None:
     assert {f"code {KEYS[k]}" for k in ("losses.criterion", "model.backbone.kind")} <= set(digests)
 
 
-def test_all_examples_in_one_process_and_the_run_is_opened_with_its_backbone(folder, monkeypatch):
+def test_all_examples_in_one_process_and_the_run_is_opened_with_its_backbone(
+    folder, monkeypatch, caplog
+):
     config = resolve_config("tiny", None, settings(folder))
     run = train(config, output=folder / "run").folder
     check_run(run)
     detector = Detector.from_run(run, device="cpu")
     assert type(detector.network.backbone.bottom_up.base).__name__ == "PatchNet"
     detector.predict(folder / "images/0.png")
+    # Code that changed since is named where the run continues, and where it is opened.
+    for name in MODULES:
+        with (folder / f"{name}.py").open("a") as file:
+            file.write("# changed\n")
+    caplog.clear()
+    Detector.from_run(run, device="cpu")
+    assert [text.count("code my_") for text in caplog.messages] == [1]
+    caplog.clear()
+    train(config, output=run)
+    (message,) = [text for text in caplog.messages if "changed since" in text]
+    assert re.findall(r"code (\w+):", message) == ["my_losses", "my_backbone"]
     # Elsewhere, where the module is not, opening the run says what it lacks.
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")

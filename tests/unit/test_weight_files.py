@@ -169,8 +169,9 @@ def test_a_flipped_bit_never_loads_other_values(tmp_path, kind):
                 read_state_dict(path)
 
 
-def test_damaged_final_weights_name_others_of_the_run(tmp_path):
-    path = tmp_path / "model_final.safetensors"
+@pytest.mark.parametrize("name", ["model_final.safetensors", "model_best.safetensors"])
+def test_damaged_weights_name_others_of_the_run(tmp_path, name):
+    path = tmp_path / name
     path.write_bytes(b"\x10\0\0\0\0\0\0\0{damaged")
     with pytest.raises(CheckpointError) as alone:
         read_state_dict(path)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from proxydet.errors import CheckpointError, DiskFullError, RuntimeEnvironmentError
+from proxydet.paths import list_checkpoints
 from proxydet.training.checkpoint import (
     CheckpointFolder,
-    list_checkpoints,
     load_checkpoint,
     read_iteration,
     read_run,

@@ -22,9 +22,9 @@ from proxydet.config import dump_yaml, to_mapping
 from proxydet.errors import CheckpointError, ConfigError, LockedError, TrainingError
 from proxydet.files import sha256
 from proxydet.manifest import build_manifest
+from proxydet.paths import list_checkpoints
 from proxydet.recipes import RunConfig, get_recipe, resolve_config
 from proxydet.training import distributed
-from proxydet.training.checkpoint import list_checkpoints
 from proxydet.training.config import scale_training
 from proxydet.training.distributed import DistInfo, check_agreement
 from proxydet.training.runfolder import (
@@ -150,13 +150,28 @@ class TestSettings:
     @pytest.mark.parametrize("name", list(DIGESTS))
     def test_changed_data_is_refused(self, folder, config, name):
         (earlier,) = found(folder, config)
-        check_same_data(earlier, {**DIGESTS, "images": "new in this version"})
+        check_same_data(earlier, {**DIGESTS, "images": "new in this version"}, mode="strict")
         folder.manifest.write_text(folder.manifest.read_text().replace('"bb"', '"bb-v3"'))
         (of_before,) = found(folder, config)
-        check_same_data(of_before, DIGESTS)
+        check_same_data(of_before, DIGESTS, mode="off")
         with pytest.raises(ConfigError, match=name) as caught:
-            check_same_data(earlier, {**DIGESTS, name: "zz"})
+            check_same_data(earlier, {**DIGESTS, name: "zz"}, mode="off")
         assert "--output" in (caught.value.hint or "")
+
+    def test_changed_code_is_reported_and_refused_where_a_run_is_to_repeat_itself(
+        self, folder, config, caplog
+    ):
+        (found_there,) = found(folder, config)
+        earlier = dataclasses.replace(found_there, digests={**DIGESTS, "code my:Loss": "aa"})
+        now = {**DIGESTS, "code my:Loss": "bb", "code my:Head": "new in the configuration"}
+        check_same_data(earlier, {**now, "code my:Loss": "aa"}, mode="strict")
+        assert not caplog.messages
+        check_same_data(earlier, now, mode="published")
+        (message,) = caplog.messages
+        assert "code my:Loss" in message
+        assert "my:Head" not in message
+        with pytest.raises(ConfigError, match="code my:Loss"):
+            check_same_data(earlier, now, mode="strict")
 
     def test_a_dataset_config_may_move_with_its_annotations(self, tmp_path):
         def described(name: str, category: str) -> RunConfig:
@@ -571,15 +586,6 @@ class TestLock:
         words = ["--recipe", "tiny", "--device", "cpu", "--output", str(folder.root)]
         assert main(["train", *words, "--overwrite"]) == ConfigError.exit_code
         assert (folder.logs / "rank_1.log").exists()
-
-
-def test_an_interrupted_evaluation_starts_again_with_other_settings(tmp_path):
-    folder = RunFolder(tmp_path)
-    for step in (2, 4):
-        folder.evaluation(step).mkdir(parents=True)
-    folder.evaluations.write_text('{"iteration": 2, "metrics": {}}\n')
-    folder.remove_unfinished_evaluations()
-    assert [path.name for path in (tmp_path / "evaluations").iterdir()] == ["step_0000002"]
 
 
 class TestGoingBack:

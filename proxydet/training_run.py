@@ -31,18 +31,19 @@ from proxydet.evaluation.detector_evaluation import current_process, evaluate
 from proxydet.evaluation.evaluate import check_protocol
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
-from proxydet.files import JsonLines, read_json, write_json, write_text
+from proxydet.files import JsonLines, read_json, sha256, write_json, write_text
 from proxydet.models import (
     PUBLISHED_MODELS,
     NamedDetector,
     configuration_of,
+    digests_of,
     newest_weights,
     run_of,
     vocabulary_of,
 )
+from proxydet.paths import step_of
 from proxydet.recipes import RunConfig, get_recipe
 from proxydet.reporting import SILENT, Progress
-from proxydet.training.checkpoint import step_of
 from proxydet.training.distributed import connect, launched_rank
 from proxydet.training.logs import best_of, iteration_of, read_evaluations, read_steps
 from proxydet.training.runfolder import (
@@ -113,6 +114,8 @@ def run_training(
         if launched_rank() == 0:
             plot_run(RunFolder(result.folder))
         if finetuned:
+            run = earlier_run(RunFolder(result.folder), RunConfig)
+            config = keep_weights(config, [run] if run is not None else [])
             report = finetune_report(result.folder, config, progress=progress)
             result = dataclasses.replace(result, finetune=report)
     return result
@@ -140,7 +143,12 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
         or not is_whole(folder, earlier, config.training.evaluation)
     ):
         return None
-    if config.training.finetune.start is not None and not folder.report.is_file():
+    report: dict[str, Any] = {}
+    with suppress(InputError):  # a damaged one is made again
+        report = read_json(folder.report, default={})
+    if config.training.finetune.start is not None and report.get("keep_check", "?") != _keep_check(
+        config
+    ):
         return None
     keep_weights(config, [earlier])
     # Unless another one is at it, or nothing can be written there.
@@ -176,7 +184,7 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
         stopped_early=iterations < planned,
         skipped=skipped if type(skipped := last.get("skipped")) is int else 0,
         seconds=0.0,
-        finetune=read_json(folder.report, default={}) or None,
+        finetune=report or None,
     )
 
 
@@ -210,6 +218,7 @@ def scheduled_evaluation(config: RunConfig, progress: Progress = SILENT) -> Eval
             data,
             output=folder / "predictions",
             config=config.evaluation,
+            again=True,
             progress=progress,
         )
         if report is None:
@@ -331,7 +340,12 @@ def finetune_report(
     """
     run, asked = RunFolder(folder), config.training.finetune
     info = current_process()
-    content: dict[str, Any] = {"format": 1, "start": asked.start, "run": str(folder)}
+    content: dict[str, Any] = {
+        "format": 1,
+        "start": asked.start,
+        "run": str(folder),
+        "keep_check": _keep_check(config),
+    }
     evaluations = read_evaluations(JsonLines(run.evaluations))
     opened = newest_weights(folder)
     after = read_last_iteration(opened)
@@ -342,11 +356,14 @@ def finetune_report(
         "after": None if after is None else evaluations.get(after),
         "iteration": after,
     }
-    start = _named_start(config)
+    start, why = _named_start(folder, config)
     known = None if start is None else vocabulary_of(start)
     own = set(content["own"]["classes"])
     if start is None or known is None:
-        content["kept"] = {"how": "none", "why": f"the classes of {asked.start} are not known"}
+        content["kept"] = {
+            "how": "none",
+            "why": why or f"the classes of {asked.start} are not known",
+        }
     else:
         before = open_named(start, device=config.training.device)
         before.inference = dataclasses.replace(
@@ -355,18 +372,18 @@ def finetune_report(
         tuned = Detector.from_run(folder, device=config.training.device)
         check, why = _check_data(start, asked.keep_check)
         if check is not None:
-            scores: list[Report | None] = []
             settings = EvaluationConfig(bootstrap=0, batch_size=config.evaluation.batch_size)
-            for name, detector in (("start", before), ("finetuned", tuned)):
-                scores.append(
-                    evaluate(
-                        detector,
-                        check,
-                        output=run.forgetting / name,
-                        config=settings,
-                        progress=progress,
-                    )
+            scores = [
+                evaluate(
+                    detector,
+                    check,
+                    output=run.forgetting / name,
+                    config=settings,
+                    again=True,
+                    progress=progress,
                 )
+                for name, detector in (("start", before), ("finetuned", tuned))
+            ]
             if scores[0] is not None and scores[1] is not None:
                 content["kept"] = {
                     "how": "ap",
@@ -382,13 +399,24 @@ def finetune_report(
     return content
 
 
-def _named_start(config: RunConfig) -> NamedDetector | None:
-    """Return the starting detector of a fine-tuning; None where it is gone, or a weight file without a run."""
+def _keep_check(config: RunConfig) -> str | None:
+    path = config.training.finetune.keep_check
+    return None if path is None else str(path)
+
+
+def _named_start(folder: Path, config: RunConfig) -> tuple[NamedDetector | None, str]:
+    """Return the starting detector of a fine-tuning; where it is gone, or not known, None and why."""
     name, weights = config.training.finetune.start, config.training.weights
+    if weights is None or not weights.is_file():
+        return None, f"the starting weights {weights} are not there any more" * (
+            weights is not None
+        )
+    if digests_of(folder).get("weights", digest := sha256(weights)) != digest:
+        return None, f"the starting weights {weights} changed since the run began"
     if name in PUBLISHED_MODELS:
-        return NamedDetector(published=name)
-    run = run_of(weights) if weights is not None and weights.is_file() else None
-    return None if run is None else NamedDetector(run=run, weights=weights)
+        return NamedDetector(published=name), ""
+    run = run_of(weights)
+    return None if run is None else NamedDetector(run=run, weights=weights), ""
 
 
 def _check_data(start: NamedDetector, asked: Path | None) -> tuple[DatasetConfig | None, str]:

@@ -78,6 +78,7 @@ class PredictionFolder:
             that holds predictions of another identity is refused, so that no two detectors' are ever mixed.
         masks: Whether the predictions are needed with masks. Those with masks serve where none are needed; those
             without are removed where masks are needed (while no other process predicts into the folder).
+        again: Whether predictions of another identity are removed, to be made again, instead of refused; likewise.
 
     Attributes:
         masks: Whether the predictions in the folder have masks, those to come too.
@@ -86,10 +87,22 @@ class PredictionFolder:
         DataError: The folder holds predictions that were made with something else.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], *, masks: bool = False) -> None:
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], *, masks: bool = False, again: bool = False
+    ) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        self.masks = self._check_identity(json.loads(json.dumps(dict(identity))), masks)
+        plain = json.loads(json.dumps(dict(identity)))
+        try:
+            self.masks = self._check_identity(plain, masks)
+        except DataError as error:
+            if not again:
+                raise
+            logger.warning("%s Predicting again.", error.message)
+            for stray in (*path.glob("part-*.jsonl"), self.joined):
+                stray.unlink(missing_ok=True)
+            write_json(path / "identity.json", {**plain, "masks": masks})
+            self.masks = masks
 
     @property
     def joined(self) -> Path:
@@ -218,11 +231,9 @@ class PredictionFolder:
                         try:
                             row = decoder.decode(line)
                         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-                            raise DataError(
-                                f"{file} is damaged: {error}.",
-                                hint="remove the folder's parts to predict again",
-                                path=file,
-                            ) from error
+                            logger.warning("%s: passed over a damaged line: %s", file, error)
+                            start += len(line)
+                            continue
                         length = len(row.detections)
                         # The detections are the last thing of a line but its closing brace and end.
                         found[row.image_id] = (start + len(line) - length - 2, length)
@@ -383,6 +394,7 @@ def evaluate(
     split: str = "val",
     output: Path | None = None,
     config: EvaluationConfig | None = None,
+    again: bool = False,
     progress: Progress = SILENT,
 ) -> Report | None:
     """Evaluate a detector on a data set.
@@ -398,13 +410,14 @@ def evaluate(
         output: Where predictions are kept, with the records of what they were made from; None keeps predictions in a
             folder that is removed at the end (one process only).
         config: How to score.
+        again: Whether another detector's predictions in the folder are removed, and all are made again.
         progress: Where progress is shown.
 
     Returns:
         The report; None in processes other than the main one.
 
     Raises:
-        DataError: Annotations or images cannot be used, or the folder holds another detector's predictions.
+        DataError: Annotations or images cannot be used; or the folder holds another detector's predictions, without ``again``.
         LockedError: Another evaluation is using the folder.
         VocabularyError: The classes' embeddings do not fit the detector.
         DiskFullError: There is no room for the predictions.
@@ -412,7 +425,7 @@ def evaluate(
     config = config or EvaluationConfig()
     opened = DescribedSplit.open(data, split, protocol=config.protocol, progress=progress)
     evaluation = evaluate_split(
-        detector, opened, output, records=output, config=config, progress=progress
+        detector, opened, output, records=output, config=config, again=again, progress=progress
     )
     return None if evaluation is None else evaluation.report
 
@@ -425,6 +438,7 @@ def evaluate_split(
     vocabulary: Vocabulary | None = None,
     records: Path | None = None,
     config: EvaluationConfig | None = None,
+    again: bool = False,
     progress: Progress = SILENT,
 ) -> Evaluation | None:
     """Do as `evaluate` on a split that is open, and keep what the report was made from.
@@ -440,6 +454,7 @@ def evaluate_split(
             categories are found in it by name, and those that are not there are not detected.
         records: Where ``manifest.json`` and ``environment.json`` are written; None writes none.
         config: How to score.
+        again: As for `evaluate`.
         progress: Where progress is shown.
     """
     config = config or EvaluationConfig()
@@ -475,8 +490,8 @@ def evaluate_split(
         }
         identity = {**inputs, **chosen}
         if info.is_main:
-            # Before the others look: predictions that lack the masks wanted now are removed here.
-            PredictionFolder(path, identity, masks=masks)
+            # Before the others look: predictions that are not wanted now are removed here.
+            PredictionFolder(path, identity, masks=masks, again=again)
         wait_for_all(info)
         folder = PredictionFolder(path, identity, masks=masks)
         settings = dataclasses.replace(settings, masks=folder.masks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.detector import Detector
 from proxydet.errors import CheckpointError, ConfigError
 from proxydet.finetune import finetune_config
+from proxydet.manifest import read_run_records
 from proxydet.models import find_detector
 from proxydet.recipes import RunConfig, resolve_config
 from proxydet.training.runfolder import RunFolder
@@ -90,6 +92,18 @@ def test_a_finetuning_ends_with_a_report_and_any_words(start, pets, tmp_path):
     assert not {row["name"] for row in part["by_class"]} & own
     again = finished_run(RunFolder(result.folder), config)
     assert (again.finetune, again.best) == (report, result.best)
+    # Other images to check on are measured, whatever predictions the folder holds.
+    other = dataclasses.replace(config.training.finetune, keep_check=pets)
+    other = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, finetune=other)
+    )
+    assert finished_run(RunFolder(result.folder), other) is None
+    checked = run_training(other, output=result.folder).finetune
+    assert checked["kept"]["data"] == str(pets)
+    assert sorted(path.name[:5] for path in (result.folder / "forgetting").iterdir()) == [
+        "finet",
+        "start",
+    ]
     detector = Detector.from_run(result.folder)
     assert detector.vocabulary.names == tuple(report["own"]["classes"])
     old = Detector.from_run(start).vocabulary
@@ -128,8 +142,12 @@ def test_a_crash_changes_nothing_and_needs_no_starting_detector(start, pets, tmp
             (tmp_path / run / f"{name}.safetensors").read_bytes() for run in ("whole", "cut")
         )
         assert left == right, name
-    left, right = ((tmp_path / run / "vocabulary.npz").read_bytes() for run in ("whole", "cut"))
+    for name in ("vocabulary.npz", "text_encoder.json"):
+        left, right = ((tmp_path / run / name).read_bytes() for run in ("whole", "cut"))
+        assert left == right, name
+    left, right = (read_run_records(tmp_path / run)[0].digests for run in ("whole", "cut"))
     assert left == right
+    assert "text encoder" in right
 
 
 def test_two_processes(start, pets, tmp_path):

@@ -253,6 +253,8 @@ def test_other_weights_are_refused_in_the_same_folder(dataset, vocabulary, tmp_p
     nn.init.zeros_(other.network.weight)
     with pytest.raises(DataError, match="made with other weights"):
         evaluate(other, dataset, output=tmp_path / "out")
+    report = evaluate(other, dataset, output=tmp_path / "out", again=True)
+    assert report.to_dict() == evaluate(other, dataset, output=tmp_path / "new").to_dict()
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 20])

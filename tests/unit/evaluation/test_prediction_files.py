@@ -123,6 +123,10 @@ def test_predictions_of_another_detector_are_refused(tmp_path):
     fill(PredictionFolder(tmp_path, IDENTITY), 0, [1])
     with pytest.raises(DataError, match="made with other settings, weights"):
         PredictionFolder(tmp_path, {"weights": "xyz", "settings": {}})
+    assert PredictionFolder(tmp_path, IDENTITY).images_done() == {1}
+    other = PredictionFolder(tmp_path, {"weights": "xyz"}, again=True)
+    assert other.images_done() == set()
+    assert PredictionFolder(tmp_path, {"weights": "xyz"}).images_done() == set()
 
 
 def test_predictions_of_unknown_origin_are_refused(tmp_path):
@@ -131,11 +135,16 @@ def test_predictions_of_unknown_origin_are_refused(tmp_path):
         PredictionFolder(tmp_path, IDENTITY)
 
 
-def test_a_damaged_part_is_told(tmp_path):
+def test_a_damaged_line_is_reported_and_predicted_again(tmp_path, caplog):
+    fill(PredictionFolder(tmp_path, IDENTITY), 0, [1, 2])
+    part = tmp_path / "part-00000.jsonl"
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(lines[0] + bytes(40) + b"\n" + lines[1])
     folder = PredictionFolder(tmp_path, IDENTITY)
-    (tmp_path / "part-00000.jsonl").write_text('{"image_id": 1, "detec\n')
-    with pytest.raises(DataError, match="is damaged"):
-        folder.images_done()
+    assert folder.images_done() == {1, 2}
+    part.write_bytes(b'{"image_id": 1, "detec\n' + lines[1])
+    assert folder.images_done() == {2}
+    assert "damaged line" in caplog.text
 
 
 def test_a_full_disk_is_told_and_what_is_written_stays(tmp_path, monkeypatch):

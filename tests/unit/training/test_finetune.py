@@ -269,3 +269,18 @@ def test_a_report_is_of_the_weights_that_the_folder_opens(tmp_path):
     finetune_report(run.root, config)
     assert "mug, kettle" not in run.report_page.read_text()
     assert "cat, hen" in run.report_page.read_text()
+
+
+def test_a_report_compares_with_no_other_weights_than_the_run_began_from(tmp_path):
+    weights = tmp_path / "start.safetensors"
+    config = resolve_config(
+        "tiny", None, ["training.finetune.start=lost", f"training.weights={weights}"]
+    )
+    run = RunFolder(tmp_path / "run")
+    run.root.mkdir()
+    Vocabulary.from_arrays(["cat", "hen"], ROWS[3:5]).save(run.vocabulary)
+    write_safetensors(run.final_safetensors, {"a": torch.ones(1)}, {"iteration": 4})
+    run.manifest.write_text(json.dumps({"digests": {"weights": "0" * 64}}))
+    assert "not there any more" in finetune_report(run.root, config)["kept"]["why"]
+    write_safetensors(weights, {"a": torch.ones(1)}, {})
+    assert "changed since" in finetune_report(run.root, config)["kept"]["why"]

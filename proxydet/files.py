@@ -43,7 +43,6 @@ from proxydet.errors import (
     ProxydetError,
     RuntimeEnvironmentError,
 )
-from proxydet.paths import cache_folder
 from proxydet.wording import counted, json_text, size_text
 
 logger = logging.getLogger(__name__)
@@ -90,19 +89,16 @@ def unwritable(
         reason: Its text.
         hint: What the user can do; None gives the usual advice.
     """
-    other = "choose another folder"
-    with contextlib.suppress(RuntimeEnvironmentError):  # no home
-        if cache_folder("") in target.absolute().parents:
-            other = "name another folder for the cache in PROXYDET_CACHE (or XDG_CACHE_HOME)"
     if number in _FULL:
         return DiskFullError(
             f"there is no room left on the disk to write {target} ({reason})",
-            hint=hint or f"free some space, or {other}, and run the same command again",
+            hint=hint
+            or "free some space, or choose another folder, and run the same command again",
             path=target,
         )
     return RuntimeEnvironmentError(
         f"{target} cannot be written: {reason}",
-        hint=hint or f"check that you may write to its folder, or {other}",
+        hint=hint or "check that you may write to its folder, or choose another one",
         path=target,
     )
 
@@ -515,13 +511,12 @@ def remembered_sha256(
 
     Args:
         path: The file.
-        memory: Folder for what is remembered; made where it is absent.
+        memory: Folder for what is remembered, where it can be written; made where it is absent.
         hint: What the user can do when the file cannot be read.
         error: The class of that error.
 
     Raises:
         ProxydetError: Of the class ``error``: the file cannot be read.
-        RuntimeEnvironmentError: The memory cannot be written.
     """
     try:
         resolved = path.resolve(strict=True)
@@ -541,7 +536,8 @@ def remembered_sha256(
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{path} cannot be read: {reason}", hint=hint, path=path) from problem
     remembered = _Remembered(now.st_size, now.st_mtime_ns, now.st_ino, digest, now.st_ctime_ns)
-    write_bytes(note, msgspec.json.encode(remembered), durable=False)
+    with contextlib.suppress(RuntimeEnvironmentError):  # a shortcut, not needed
+        write_bytes(note, msgspec.json.encode(remembered), durable=False)
     return digest
 
 
@@ -969,13 +965,18 @@ def _start_of(pid: int) -> str:
 
 
 def build_once(
-    path: Path, build: Callable[[Path], None], *, stale_after_s: float = STALE_AFTER_S
+    path: Path,
+    build: Callable[[Path], None],
+    *,
+    hint: str | None = None,
+    stale_after_s: float = STALE_AFTER_S,
 ) -> None:
     """Return when ``path`` exists: made by ``build`` here, or by another process that was first.
 
     Args:
         path: The file. Its folder is made.
         build: Makes it; must move it into place whole.
+        hint: What the user can do where the folder cannot be written to.
         stale_after_s: See `Lock`.
 
     Raises:
@@ -989,7 +990,11 @@ def build_once(
                 lock.acquire(wait=False)
             lock.release()
         return
-    lock.acquire(until=path.exists)
+    try:
+        lock.acquire(until=path.exists)
+    except RuntimeEnvironmentError as error:
+        error.hint = hint or error.hint
+        raise
     try:
         if not path.exists():
             build(path)

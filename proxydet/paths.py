@@ -76,6 +76,10 @@ def cache_folder(kind: str) -> Path:
     return _from_environment("PROXYDET_CACHE", user_cache / "proxydet") / kind
 
 
+CACHE_HINT = "check that you may write to its folder, or name another one for the cache in PROXYDET_CACHE or XDG_CACHE_HOME"
+"""Hint where the cache folder cannot be written to."""
+
+
 QUICKSTARTS_RUN = "run"
 """The run folder inside the folder of a quickstart."""
 

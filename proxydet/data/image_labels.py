@@ -41,7 +41,7 @@ from proxydet.data.images import (
 from proxydet.data.store import AnnotationStore, ColumnFile, ColumnWriter
 from proxydet.errors import DataError
 from proxydet.files import PLACEHOLDER_BYTES, build_once, refuse_placeholder
-from proxydet.paths import cache_folder
+from proxydet.paths import CACHE_HINT, cache_folder
 from proxydet.reporting import SILENT, Progress
 from proxydet.wording import counted, first_of, nearest
 
@@ -167,7 +167,7 @@ class TarImages(LabelledImages):
             indexed = True
             _build(path, folder, tars, progress)
 
-        build_once(target, build)
+        build_once(target, build, hint=CACHE_HINT if cache is None else None)
         return cls(target, matched, indexed=indexed)
 
     def notes(self) -> list[tuple[int, str, str]]:

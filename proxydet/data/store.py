@@ -54,7 +54,7 @@ from proxydet.data.records import (
     other_spelling,
     refused,
 )
-from proxydet.errors import ConfigError, DataError
+from proxydet.errors import ConfigError, DataError, RuntimeEnvironmentError
 from proxydet.extensions import (
     extension_errors,
     load_extension,
@@ -71,7 +71,7 @@ from proxydet.files import (
     staged,
     write_bytes,
 )
-from proxydet.paths import cache_folder
+from proxydet.paths import CACHE_HINT, cache_folder
 from proxydet.reporting import SILENT, Progress
 from proxydet.wording import counted, first_of
 
@@ -453,7 +453,8 @@ def _stamp(named: Iterable[tuple[str, Path]], memory: Path) -> str:
             some = there[start : start + 1024]
             for (called, _), data in zip(some, pool.map(ends, [p for _, p in some]), strict=True):
                 found.update(f"{called}\n".encode("utf-8", "surrogateescape") + data)
-    write_bytes(note, found.hexdigest().encode(), durable=False)
+    with suppress(RuntimeEnvironmentError):  # a shortcut, not needed
+        write_bytes(note, found.hexdigest().encode(), durable=False)
     return found.hexdigest()
 
 
@@ -680,7 +681,7 @@ class AnnotationStore:
                     path=meant.annotations,
                 )
 
-        build_once(path, build)
+        build_once(path, build, hint=CACHE_HINT if cache is None else None)
         store = cls(path, str(meant.annotations))
         if warn:
             # Whoever made the store: what a command leaves out, it says.

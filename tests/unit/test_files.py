@@ -62,15 +62,6 @@ class TestWriting:
         assert not isinstance(caught.value, DiskFullError)
         assert caught.value.hint == "do this"
 
-    def test_what_cannot_be_written_to_the_cache_says_how_to_move_it(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
-        (tmp_path / "cache").touch()
-        for path, named in (("cache/stores/a.store", True), ("cache.txt/a", False)):
-            (tmp_path / "cache.txt").touch()
-            with pytest.raises(RuntimeEnvironmentError) as caught:
-                write_text(tmp_path / path, "a")
-            assert ("PROXYDET_CACHE" in str(caught.value.hint)) is named
-
     def test_a_file_that_cannot_be_written_leaves_the_old_one(self, tmp_path, monkeypatch):
         target = write_bytes(tmp_path / "new" / "a.bin", b"old")
 

@@ -16,7 +16,7 @@ import proxydet.data.store as store_module
 from proxydet.data.masks import decode
 from proxydet.data.records import DEVIATIONS, StoreReport
 from proxydet.data.store import AnnotationStore, ImageRecord
-from proxydet.errors import DataError
+from proxydet.errors import DataError, RuntimeEnvironmentError
 from proxydet.evaluation.ground_truth import GroundTruth
 
 Write = Callable[[Any], Path]
@@ -815,3 +815,14 @@ def test_text_with_nan_is_read_in_time_that_grows_with_its_length(
     assert store.report.counts["file.nan"] == 1
     with pytest.raises(DataError):
         AnnotationStore.open(write_json('{"images": [NaN, "' + '\\"' * 200_000), cache=tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_what_moves_it(
+    write_json: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "home"))
+    path = write_json(document([IMAGE], [annotation(5, 1, 9, [1, 2, 10, 5])]))
+    with pytest.raises(RuntimeEnvironmentError, match="home") as caught:
+        AnnotationStore.open(path)
+    assert "PROXYDET_CACHE" in str(caught.value.hint)

@@ -543,6 +543,26 @@ def test_unusable_images_are_dropped_and_counted(
     }
 
 
+@pytest.mark.parametrize(
+    ("where", "change", "key"),
+    [
+        ("images", IMAGE, "image.id.again"),
+        ("images", IMAGE | {"id": 2, "file_name": "b.png", "neg_category_ids": "3"}, "image.list.type"),
+        ("categories", {"id": 4, "name": "cow", "synonyms": "kine", "image_count": -1}, "category.field"),
+    ],
+)  # fmt: skip
+def test_odd_fields_of_images_and_categories_are_counted_and_cost_nothing_else(
+    write_json: Write, tmp_path: Path, where: str, change: dict[str, Any], key: str
+) -> None:
+    content = document([IMAGE], [annotation(1, 1, 3, [1, 1, 5, 5])])
+    content[where] = [*content[where], change]
+    store = AnnotationStore.open(write_json(content), cache=tmp_path / "c")
+    assert store.report.counts.keys() == {key}
+    assert len(store) == len({image["id"] for image in content["images"]})
+    assert len(store.categories) == len(content["categories"])
+    assert store.column("xywh").tolist() == [[1, 1, 5, 5]]
+
+
 def test_a_number_of_thousands_of_digits_costs_its_field_alone(tmp_path: Path) -> None:
     content = document([IMAGE], [annotation(1, 1, 3, [1, 1, 5, 5]) | {"area": 123456}])
     path = tmp_path / "a.json"

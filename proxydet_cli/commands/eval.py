@@ -468,12 +468,14 @@ def _conclude(
         vocabulary=split.data.vocabulary if split is not None and described else None,
         score_threshold=options.config.score_threshold,
     )
+    # Results are scored without images too; of images without names none can be shown.
+    unseen = split is None or "image.name" in split.store.report.counts
     with progress.task("writing report", total=None):
         written = write_files(
             evaluation,
             analysis,
             folder,
-            read=None if split is None else split.images.read_id,
+            read=None if split is None or unseen else split.images.read_id,
             commands=_next_commands(options, folder),
         )
     show(evaluation.report, analysis.to_dict(), output)

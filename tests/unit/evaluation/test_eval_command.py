@@ -372,6 +372,20 @@ def test_openimages_has_files_too(files):
     assert json.loads(written["results.json"].read_text())["analysis"]["errors"] is None
 
 
+def test_results_are_scored_on_images_without_names_from_a_config_too(typed, files):
+    content = json.loads((files / "val.json").read_text())
+    for row in content["images"]:
+        del row["file_name"]
+    (files / "val.json").write_text(json.dumps(content))
+    words = ("--results", files / "a.json", "--bootstrap", "0", "--json")
+    of_config, of_file = (
+        json.loads(typed(*words, "-o", f"out-{name}", "--data", files / name)[0])["results"]
+        for name in ("set.toml", "val.json")
+    )
+    for kind, scored in of_file.items():
+        assert of_config[kind]["metrics"].items() >= scored["metrics"].items()
+
+
 def test_the_page_says_why_it_has_no_images_of_errors(files):
     evaluation = run_evaluation(
         files / "a.json", files / "val.json", config=EvaluationConfig(bootstrap=0)

@@ -13,6 +13,7 @@ import pytest
 
 from proxydet.config import dump_yaml
 from proxydet.data.records import AnnotationSource
+from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError
 from proxydet.modeling.config import Precision
 from proxydet.recipes import RunConfig, resolve_config
@@ -189,6 +190,17 @@ def test_an_empty_or_broken_annotation_file_is_told(tmp_path, content, problem):
     text = planned.to_text()
     assert "UNUSABLE training annotations" in text
     assert "1 missing or unusable: training cannot start yet." in text
+
+
+def test_annotations_are_read_into_the_folder_of_the_training(tmp_path):
+    path = tmp_path / "a.json"
+    images = [{"id": 1, "file_name": "a.png", "width": 9, "height": 9}]
+    row = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}
+    content = {"images": images, "annotations": [row], "categories": [{"id": 1, "name": "cat"}]}
+    path.write_text(json.dumps(content))
+    source = AnnotationSource(annotations=path, images=())
+    assert _annotations("training", source, tmp_path / "cache").present
+    assert AnnotationStore.path_for(source, cache=tmp_path / "cache").is_file()
 
 
 def test_a_large_annotation_file_is_not_read(tmp_path, monkeypatch):

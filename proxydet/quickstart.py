@@ -51,7 +51,6 @@ WELL_PLACED = 0.5
 """IoU from which a detection is of an annotated object."""
 
 
-@dataclass(frozen=True)
 class QuickstartFolder:
     """Names of the files of a quickstart.
 
@@ -67,42 +66,15 @@ class QuickstartFolder:
         └── report.html
     """
 
-    root: Path
-
-    @property
-    def data(self) -> Path:
-        """The synthetic dataset."""
-        return self.root / "data"
-
-    @property
-    def description(self) -> Path:
-        """Its description."""
-        return self.data / "description.toml"
-
-    @property
-    def run(self) -> RunFolder:
-        """The training run."""
-        return RunFolder(self.root / "run")
-
-    @property
-    def evaluation(self) -> Path:
-        """Predictions and scores."""
-        return self.root / "evaluation"
-
-    @property
-    def predictions(self) -> Path:
-        """Detections of other classes."""
-        return self.root / "predictions"
-
-    @property
-    def seconds(self) -> Path:
-        """How long each step took."""
-        return self.root / "seconds.json"
-
-    @property
-    def report(self) -> Path:
-        """The report."""
-        return self.root / "report.html"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.data = root / "data"
+        self.description = self.data / "description.toml"
+        self.run = RunFolder(root / "run")
+        self.evaluation = root / "evaluation"
+        self.predictions = root / "predictions"
+        self.seconds = root / "seconds.json"
+        self.report = root / "report.html"
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -156,6 +128,11 @@ class LabelAccuracy:
     def share(self) -> float | None:
         """Right labels among those found, 0 to 1; None where nothing was found."""
         return self.right / self.found if self.found else None
+
+    @property
+    def percent(self) -> str:
+        """The share as text, ``88.7%``; ``-`` where nothing was found."""
+        return f"{self.right / self.found:.1%}" if self.found else "-"
 
 
 def label_accuracy(objects: Iterable[Annotated]) -> LabelAccuracy:
@@ -264,7 +241,15 @@ def run_quickstart(
     """
     folder = QuickstartFolder(output.resolve())
     with folder.held():
-        seconds = _read_seconds(folder)
+        seconds: dict[str, float] = {}  # what earlier calls for the folder took, too
+        try:
+            content = read_json(folder.seconds, default={})
+        except InputError as error:
+            logger.warning("%s", error.message)
+        else:
+            seconds = {
+                name: float(value) for name, value in content.items() if type(value) in (int, float)
+            }
         with _timed(seconds, "draw the data set", add=True):
             description = make_dataset(folder.data, drawn, progress=progress)
         config = quickstart_config(description, seed=seed, recipe=recipe)
@@ -313,7 +298,10 @@ def score(
 def _labelled(
     detector: Detector, folder: QuickstartFolder, progress: Progress
 ) -> list[tuple[Path, tuple[Annotated, ...], Detections]]:
-    """Run inference on the validation images as ``proxydet predict`` does, and compare the labels with the annotations."""
+    """Run inference on the validation images as ``proxydet predict`` does, and compare the labels with the annotations.
+
+    Each annotated object gets the label of the best well-placed detection of it.
+    """
     content = json.loads((folder.data / "lvis_val.json").read_text(encoding="utf-8"))
     categories = {entry["id"]: entry for entry in content["categories"]}
     objects: dict[int, list[Annotated]] = {entry["id"]: [] for entry in content["images"]}
@@ -330,19 +318,17 @@ def _labelled(
     with progress.task("predicting", total=len(files), unit="images") as task:
         found = detector.predict_batch(files, score_threshold=SHOWN_ABOVE)
         task.advance(len(files))
-    return [
-        (file, tuple(_with_labels(objects[entry["id"]], detections)), detections)
-        for file, entry, detections in zip(files, content["images"], found, strict=True)
-    ]
-
-
-def _with_labels(annotated: Sequence[Annotated], detections: Detections) -> Iterator[Annotated]:
-    """Give each annotated object the label of the best well placed detection of it."""
-    labels: dict[int | None, str] = {}
-    for detection, nearest in zip(detections, _nearest(annotated, detections), strict=True):
-        labels.setdefault(nearest, detection.label)  # detections come best first
-    for index, item in enumerate(annotated):
-        yield dataclasses.replace(item, label=labels.get(index))
+    images = []
+    for file, annotated, detections in zip(files, objects.values(), found, strict=True):
+        labels: dict[int | None, str] = {}
+        for nearest, label in zip(_nearest(annotated, detections), detections.labels, strict=True):
+            labels.setdefault(nearest, label)  # detections come best first
+        labelled = [
+            dataclasses.replace(item, label=labels.get(index))
+            for index, item in enumerate(annotated)
+        ]
+        images.append((file, tuple(labelled), detections))
+    return images
 
 
 def _nearest(annotated: Sequence[Annotated], detections: Detections) -> list[int | None]:
@@ -388,16 +374,6 @@ def _examples(
             write_json(folder.predictions / f"{image.stem}.json", found)
             task.advance()
             yield example
-
-
-def _read_seconds(folder: QuickstartFolder) -> dict[str, float]:
-    """Return what earlier calls for the folder took; nothing for a new one."""
-    try:
-        content = read_json(folder.seconds, default={})
-    except InputError as error:
-        logger.warning("%s", error.message)
-        return {}
-    return {name: float(value) for name, value in content.items() if type(value) in (int, float)}
 
 
 @contextmanager
@@ -486,86 +462,75 @@ def compare_mixup(
     folder = QuickstartFolder(output.resolve())
     with folder.held():
         make_dataset(folder.data, drawn, progress=progress)
-        values: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        values: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURES}
         with progress.task("comparing", total=2 * len(seeds), unit="runs") as task:
             for seed in seeds:
+                reports = []
                 for mixup in (True, False):
                     config = quickstart_config(
                         folder.description, seed=seed, mixup=mixup, recipe=recipe
                     )
-                    values[mixup].append(_run(folder, config, progress))
+                    own = QuickstartFolder(
+                        folder.root / f"seed_{seed}_{'with' if mixup else 'without'}_mixup"
+                    )
+                    train(config, output=own.run.root, progress=progress)
+                    detector = Detector.from_run(own.run.root, device=config.training.device)
+                    reports.append(
+                        score(detector, folder.description, own.evaluation, config, progress)
+                    )
                     task.advance()
-        measures = tuple(_measure(name, values) for name in MEASURES)
-        report = _comparison_page(folder, tuple(seeds), measures)
+                for name, (group, score_name) in MEASURES.items():
+                    first, second = (
+                        _number(getattr(report.main.group(group), score_name)) for report in reports
+                    )
+                    values[name].append((first, second))
+        measures = tuple(
+            Measure(
+                name=name,
+                with_mixup=tuple(first for first, _ in pairs),
+                without_mixup=tuple(second for _, second in pairs),
+                difference=statistics.fmean(first - second for first, second in pairs),
+                spread=statistics.stdev(first - second for first, second in pairs),
+            )
+            for name, pairs in values.items()
+        )
+        rows = [
+            (
+                measure.name,
+                statistics.fmean(measure.with_mixup),
+                statistics.fmean(measure.without_mixup),
+                measure.difference,
+                measure.spread,
+            )
+            for measure in measures
+        ]
+        columns = ("masks, percent", "with mixup", "without", "difference", "its spread over seeds")
+        lines = {
+            name: [(without, with_) for with_, without in pairs] for name, pairs in values.items()
+        }
+        page = Page(
+            title="Class-wise mixup: with and without",
+            summary=(
+                f"The quickstart's detector trained with and without the mixup branch on {len(seeds)} seeds "
+                f"({', '.join(map(str, seeds))}); both variants of a seed share starting weights and batches. The spread "
+                "is the standard deviation of the difference over the seeds: a mean difference well below it says nothing."
+            ),
+            facts=[
+                (measure.name, f"{measure.difference:+.1f} ± {measure.spread:.1f}")
+                for measure in measures
+            ],
+            sections=[
+                Section(
+                    title="Difference",
+                    tables=[Table(columns=columns, rows=rows)],
+                    plots=[svg_of(paired_plot(lines, ("without", "with"), label="percent"))],
+                )
+            ],
+        )
+        report = write_report(page, folder.root / "comparison.html")
         comparison = Comparison(seeds=tuple(seeds), measures=measures, report=report)
         write_json(folder.root / "comparison.json", {**asdict(comparison), "report": str(report)})
         return comparison
-
-
-def _run(folder: QuickstartFolder, config: RunConfig, progress: Progress) -> dict[str, float]:
-    variant = "with" if config.model.mixup_branch else "without"
-    own = QuickstartFolder(folder.root / f"seed_{config.seed}_{variant}_mixup")
-    train(config, output=own.run.root, progress=progress)
-    detector = Detector.from_run(own.run.root, device=config.training.device)
-    report = score(detector, folder.description, own.evaluation, config, progress)
-    found = {}
-    for measure, (group, score_name) in MEASURES.items():
-        value: float | None = getattr(report.main.group(group), score_name)
-        found[measure] = float("nan") if value is None else 100 * value
-    return found
-
-
-def _measure(name: str, values: dict[bool, list[dict[str, float]]]) -> Measure:
-    with_mixup = tuple(run[name] for run in values[True])
-    without_mixup = tuple(run[name] for run in values[False])
-    differences = [a - b for a, b in zip(with_mixup, without_mixup, strict=True)]
-    return Measure(
-        name=name,
-        with_mixup=with_mixup,
-        without_mixup=without_mixup,
-        difference=statistics.fmean(differences),
-        spread=statistics.stdev(differences),
-    )
-
-
-def _comparison_page(
-    folder: QuickstartFolder, seeds: tuple[int, ...], measures: tuple[Measure, ...]
-) -> Path:
-    rows = [
-        (
-            measure.name,
-            statistics.fmean(measure.with_mixup),
-            statistics.fmean(measure.without_mixup),
-            measure.difference,
-            measure.spread,
-        )
-        for measure in measures
-    ]
-    columns = ("masks, percent", "with mixup", "without", "difference", "its spread over seeds")
-    pairs = {
-        measure.name: list(zip(measure.without_mixup, measure.with_mixup, strict=True))
-        for measure in measures
-    }
-    page = Page(
-        title="Class-wise mixup: with and without",
-        summary=(
-            f"The quickstart's detector trained with and without the mixup branch on {len(seeds)} seeds "
-            f"({', '.join(map(str, seeds))}); both variants of a seed share starting weights and batches. The spread "
-            "is the standard deviation of the difference over the seeds: a mean difference well below it says nothing."
-        ),
-        facts=[
-            (measure.name, f"{measure.difference:+.1f} ± {measure.spread:.1f}")
-            for measure in measures
-        ],
-        sections=[
-            Section(
-                title="Difference",
-                tables=[Table(columns=columns, rows=rows)],
-                plots=[svg_of(paired_plot(pairs, ("without", "with"), label="percent"))],
-            )
-        ],
-    )
-    return write_report(page, folder.root / "comparison.html")
 
 
 # --- The report ---------------------------------------------------------------------------------------------------------
@@ -610,8 +575,13 @@ def write_page(result: QuickstartResult) -> Path:
             "that no training box shows. It finds them by comparing regions with the text embeddings of their names."
         ),
         facts=[
-            ("right labels, base classes", _percent(result.labels(novel=False).share, "%")),
-            ("right labels, novel classes", _percent(result.labels(novel=True).share, "%")),
+            *(
+                (
+                    f"right labels, {'novel' if novel else 'base'} classes",
+                    result.labels(novel=novel).percent,
+                )
+                for novel in (False, True)
+            ),
             ("time in all", f"{total / 60:.1f} min"),
         ],
         sections=[
@@ -620,16 +590,14 @@ def write_page(result: QuickstartResult) -> Path:
             _words_section(result),
             _scores_section(result),
             _training_section(result.folder),
-            _time_section(result),
+            Section(
+                title="Time",
+                tables=[Table(columns=("step", "seconds"), rows=[*result.seconds.items()])],
+            ),
             _commands_section(result.folder, result.examples),
         ],
     )
     return write_report(page, result.folder.report)
-
-
-def _drawn(image: Path, detections: Detections) -> Image.Image:
-    with Image.open(image) as opened:
-        return detections.draw(opened.convert("RGB"))
 
 
 _RIGHT, _WRONG, _OTHER, _TRUTH = (30, 132, 73), (190, 45, 38), (96, 96, 96), (255, 255, 255)
@@ -649,30 +617,24 @@ def _found_section(result: QuickstartResult) -> Section:
 def _beside(example: Example) -> CaptionedImage:
     """Draw the annotations of an image next to its detections."""
     novel = {item.name for item in example.annotated if item.novel}
+
+    def named(label: str) -> str:
+        return f"{label} (novel)" if label in novel else label
+
     truths = [
-        DrawnObject(
-            label=f"{item.name} (novel)" if item.novel else item.name,
-            box_xyxy=item.box_xyxy,
-            colour=_TRUTH,
-        )
+        DrawnObject(label=named(item.name), box_xyxy=item.box_xyxy, colour=_TRUTH)
         for item in example.annotated
     ]
-    drawn = []
+    found = []
     nearest_D = _nearest(example.annotated, example.detections)
     for item, nearest in zip(example.detections, nearest_D, strict=True):
         colour = _OTHER
         if nearest is not None:
             colour = _RIGHT if item.label == example.annotated[nearest].name else _WRONG
-        drawn.append(
-            DrawnObject(
-                label=f"{item.label} (novel)" if item.label in novel else item.label,
-                box_xyxy=item.box_xyxy,
-                colour=colour,
-                score=item.score,
-            )
-        )
+        label, box = named(item.label), item.box_xyxy
+        found.append(DrawnObject(label=label, box_xyxy=box, colour=colour, score=item.score))
     with Image.open(example.image) as opened:
-        halves = [draw_objects(opened.convert("RGB"), objects) for objects in (truths, drawn)]
+        halves = [draw_objects(opened.convert("RGB"), objects) for objects in (truths, found)]
     both = Image.new("RGB", (2 * halves[0].width + 12, halves[0].height), "white")
     for index, half in enumerate(halves):
         both.paste(half, (index * (half.width + 12), 0))
@@ -721,7 +683,8 @@ def _labels_section(result: QuickstartResult) -> Section:
 def _words_section(result: QuickstartResult) -> Section:
     images = []
     for example in result.examples:
-        drawn = _drawn(example.image, example.found)
+        with Image.open(example.image) as opened:
+            drawn = example.found.draw(opened.convert("RGB"))
         drawn.save(result.folder.predictions / f"{example.image.stem}.jpg", quality=92)
         images.append(CaptionedImage(image=drawn, caption=f"{example.image.name}"))
     asked = ", ".join(result.examples[0].asked) if result.examples else ""
@@ -783,11 +746,6 @@ def _training_section(folder: QuickstartFolder) -> Section:
     )
 
 
-def _time_section(result: QuickstartResult) -> Section:
-    rows = [(step, seconds) for step, seconds in result.seconds.items()]
-    return Section(title="Time", tables=[Table(columns=("step", "seconds"), rows=rows)])
-
-
 def _commands_section(folder: QuickstartFolder, examples: Sequence[Example]) -> Section:
     run, data = (shlex.quote(str(path)) for path in (folder.run.root, folder.description))
     commands = []
@@ -820,10 +778,6 @@ def _commands_section(folder: QuickstartFolder, examples: Sequence[Example]) -> 
             ),
         ],
     )
-
-
-def _percent(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{100 * value:.1f}{unit}"
 
 
 def _number(value: float | None) -> float:

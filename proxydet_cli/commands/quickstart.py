@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +28,9 @@ _Seed = Annotated[int, typer.Option(help="Seed of the training, or the first of 
 _Compare = Annotated[
     bool, typer.Option("--compare", help="Train with and without mixup on the same seeds instead.")
 ]
-_Seeds = Annotated[int, typer.Option(help="How many seeds --compare uses, at least 3.", min=3)]
+_Seeds = Annotated[
+    int | None, typer.Option(help="How many seeds --compare uses, at least 3. [default: 3]", min=3)
+]
 
 
 @app.command(epilog=_EXAMPLES)
@@ -35,7 +38,7 @@ def quickstart(
     output: _OutputFolder = Path("runs/quickstart"),
     seed: _Seed = 7,
     compare: _Compare = False,
-    seeds: _Seeds = 3,
+    seeds: _Seeds = None,
     json: Json = False,
 ) -> None:
     """Do the whole job in minutes on a CPU, offline.
@@ -46,11 +49,13 @@ def quickstart(
     """
     from proxydet_cli.progress import show_progress
 
+    if seeds is not None and not compare:
+        raise typer.BadParameter("--seeds belongs to --compare")
     out, progress = Output(json=json), show_progress()
     if compare:
         from proxydet.quickstart import compare_mixup
 
-        chosen = range(seed, seed + seeds)
+        chosen = range(seed, seed + (seeds or 3))
         comparison = compare_mixup(output, seeds=list(chosen), progress=progress)
         out.data(comparison, _describe_comparison(comparison))
         return
@@ -65,6 +70,9 @@ def _as_data(result: QuickstartResult) -> dict[str, object]:
         "report": result.folder.report,
         "run": result.folder.run.root,
         "evaluation": result.evaluation.to_dict(),
+        "right_labels": {
+            group: asdict(result.labels(novel=group == "novel")) for group in ("base", "novel")
+        },
         "seconds": result.seconds,
     }
 
@@ -75,10 +83,14 @@ def _describe(result: QuickstartResult) -> str:
         values = (group.ap, group.ap50, group.ap75)
         shown = " ".join("     -" if value is None else f"{100 * value:6.1f}" for value in values)
         lines.append(f"{group.name:16} {shown}")
+    right = ", ".join(
+        f"{result.labels(novel=group == 'novel').percent} of {group}" for group in ("base", "novel")
+    )
     spent = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in result.seconds.items())
     return "\n".join(
         [
             *lines,
+            f"right labels     {right} objects",
             "",
             f"time    {sum(result.seconds.values()) / 60:.1f} min ({spent})",
             f"run     {result.folder.run.root}",

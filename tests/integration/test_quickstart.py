@@ -94,6 +94,17 @@ def test_the_report_counts_right_labels_of_all_objects(done):
         assert 0 <= counts.right <= counts.found <= counts.objects
 
 
+def test_the_command_prints_right_labels_of_base_and_novel_objects(done, cli, monkeypatch):
+    monkeypatch.setattr("proxydet.quickstart.run_quickstart", lambda *_, **__: done)
+    printed = cli("quickstart").out
+    told = cli("quickstart", "--json").data["right_labels"]
+    for group in ("base", "novel"):
+        counts = done.labels(novel=group == "novel")
+        assert f"{counts.percent} of {group}" in printed
+        assert told[group] == dataclasses.asdict(counts)
+    assert cli("quickstart", "--seeds", "5").code == 2
+
+
 def test_a_right_label_is_one_that_names_the_class():
     box = (0.0, 0.0, 1.0, 1.0)
     objects = [

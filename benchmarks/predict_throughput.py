@@ -29,7 +29,8 @@ from proxydet.detector import Detector
 from proxydet.inference.jobs import ImageResult, predict_files, predict_video
 from proxydet.inference.sources import find_images, name_videos
 from proxydet.inference.video import VideoReader, VideoWriter
-from proxydet.inference.writers import frame_style, make_writers
+from proxydet.inference.writers import make_writers
+from proxydet.visualization.drawing import DrawingStyle, letters_for
 
 Times = dict[str, list[float]]
 RATE = 25
@@ -112,7 +113,9 @@ class Subject:
         with reader:
             frames = timed(times, "video: decode", lambda: list(reader))
         found = timed(times, "video: network", lambda: self.predict([f.pixels for f in frames]))
-        style = frame_style(*frames[0].pixels.shape[:2])
+        style = DrawingStyle(
+            font_size=letters_for(frames[0].pixels.shape[1::-1]), shortest_edge=0, class_order={}
+        )
         drawn = timed(
             times,
             "video: draw",

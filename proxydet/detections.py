@@ -281,6 +281,7 @@ class Detections:
         from proxydet.visualization.drawing import DrawnObject, class_colour, draw_objects
 
         canvas = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        order = style.class_order if style is not None else None
         height, width = self.image_size
         if canvas.size != (width, height):
             raise InputError(
@@ -291,9 +292,11 @@ class Detections:
             DrawnObject(
                 label=item.label if item.track_id is None else f"{item.label} #{item.track_id}",
                 box_xyxy=item.box_xyxy,
-                colour=None
-                if self.track_ids is None and not (style and style.by_class)
-                else class_colour(item.class_id if item.track_id is None else item.track_id - 1),
+                colour=class_colour(item.track_id - 1)
+                if item.track_id is not None
+                else None
+                if order is None and self.track_ids is None
+                else class_colour((order or {}).get(item.class_id, item.class_id)),
                 score=item.score,
                 mask_HW=item._paste,
             )

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shutil
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -469,12 +470,22 @@ class DrawnVideo(Writer):
         from proxydet.inference.video import VideoWriter
 
         self._writer = VideoWriter(target, info, sound_from=sound_from)
+        self._order: dict[int, int] = {}
+        self._ordering = threading.Lock()
 
     def prepare(self, result: FrameResult) -> Any:
-        """Draw."""
-        pixels = result.frame.pixels
-        style = frame_style(*pixels.shape[:2])
-        return np.asarray(result.found.draw(Image.fromarray(pixels), style))
+        """Draw at the frame's own size, with letters and colours that do not change from frame to frame."""
+        from proxydet.visualization.drawing import DrawingStyle, letters_for
+
+        image = Image.fromarray(result.frame.pixels)
+        # Colours go to classes in the order in which they appear, so that the first ones have different colours.
+        with self._ordering:
+            for class_id in result.found.class_ids.tolist():
+                self._order.setdefault(class_id, len(self._order))
+        style = DrawingStyle(
+            font_size=letters_for(image.size), shortest_edge=0, class_order=self._order
+        )
+        return np.asarray(result.found.draw(image, style))
 
     def add(self, result: FrameResult, prepared: Any) -> None:
         """Encode."""
@@ -488,18 +499,6 @@ class DrawnVideo(Writer):
     def abandon(self) -> None:
         """Remove what is not complete."""
         self._writer.abandon()
-
-
-def frame_style(height: int, width: int) -> DrawingStyle:
-    """How frames are drawn: at their own size, with letters and colours that do not change from frame to frame.
-
-    Args:
-        height: Of the frames, in pixels.
-        width: Likewise.
-    """
-    from proxydet.visualization.drawing import DrawingStyle, letters_for
-
-    return DrawingStyle(font_size=letters_for((width, height)), shortest_edge=0, by_class=True)
 
 
 class _TextFile(Writer):

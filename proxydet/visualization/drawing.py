@@ -6,7 +6,7 @@ Dimensions: H and W the image, h and w a window of it, L labels, P places for on
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -71,7 +71,7 @@ def instance_colours(boxes: Sequence[Box]) -> list[RGB]:
 
 
 def class_colour(index: int) -> RGB:
-    """The colour of a class by its index, for videos, where the order of objects changes from frame to frame."""
+    """The colour of a class or track by its place, for videos, where the order of objects changes from frame to frame."""
     return COLOURS[index % len(COLOURS)]
 
 
@@ -132,8 +132,8 @@ class DrawingStyle:
     """TrueType file for scripts that the bundled fonts lack; None: a bundled font."""
     shortest_edge: int = 480
     """Smaller images are enlarged so that labels have room; 0 keeps every image's size."""
-    by_class: bool = False
-    """Give detections the colours of their classes, as in videos, not one of their own to each."""
+    class_order: Mapping[int, int] | None = None
+    """Colours by class, as in videos: the place among `COLOURS` of each class id. None: each detection has a colour of its own."""
 
     def __post_init__(self) -> None:
         """Check ranges; raises ConfigError."""

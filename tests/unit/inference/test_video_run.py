@@ -13,14 +13,17 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
+from proxydet.detections import Detections, FrameResult
 from proxydet.errors import ConfigError, DataError, DiskFullError, JobInterruptedError
 from proxydet.inference.jobs import VideoSummary, predict_video
 from proxydet.inference.sources import VideoSource, name_videos
 from proxydet.inference.video import VideoReader, VideoWriter, read_ahead
 from proxydet.inference.writers import VIDEO_KINDS, CsvTable, DrawnVideo
 from proxydet.modeling.config import InferenceConfig
-from proxydet.visualization.drawing import class_colour
+from proxydet.modeling.postprocess import Prediction
+from proxydet.visualization.drawing import COLOURS, class_colour
 
 
 def run(bars, source, output: Path, **changes) -> VideoSummary:
@@ -88,6 +91,31 @@ def test_the_annotated_video_keeps_times_and_shows_what_was_found(bars, make, ou
         assert edge.max() > 0.5 * colour.max()
         far = np.s_[50:, (left + 45) % 96 : (left + 45) % 96 + 4]
         assert np.abs(new.pixels[far].astype(int) - old.pixels[far]).mean() < 6
+
+
+def test_the_first_classes_of_a_video_have_different_colours_whatever_their_places(
+    bars, make, output
+):
+    path = make(frames=2)
+    with VideoReader(path) as reader:
+        frames = list(reader)
+        writer = DrawnVideo(output / "clip.mp4", reader.info, None)
+    names, size = [str(index) for index in range(2 * len(COLOURS))], frames[0].pixels.shape[:2]
+
+    def edges(frame, classes: list[int]) -> list[tuple[int, ...]]:
+        found = Prediction(
+            boxes_N4=torch.tensor([[10.0, 4, 40, 60], [50.0, 4, 80, 60]])[: len(classes)],
+            scores_N=torch.ones(len(classes)),
+            classes_N=torch.tensor(classes),
+            mask_probs_MSS=None,
+            mask_index_N=torch.full((len(classes),), -1),
+            image_size=size,
+        )
+        drawn = writer.prepare(FrameResult(frame=frame, found=Detections(found, names)))
+        return [tuple(drawn[50, left]) for left in (10, 50)[: len(classes)]]
+
+    assert edges(frames[0], [18, 0]) == list(COLOURS[:2])
+    assert edges(frames[1], [0]) == [COLOURS[1]]
 
 
 @pytest.mark.parametrize("size", [(63, 95), (33, 64)])

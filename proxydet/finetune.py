@@ -102,11 +102,12 @@ def finetune_config(
     """
     if epochs is not None and not (0 < epochs < math.inf):
         raise ConfigError(f"--epochs must be above 0; it is {epochs:g}")
-    base, weights = _starting_run(start, recipe)
-    dataset = Dataset(config=DatasetConfig.from_toml(data), cache=base.data.cache)
-    vocabulary, images = dataset.vocabulary, len(dataset.store("train").image_ids)
+    described = DatasetConfig.from_toml(data)  # refused before weights are downloaded
     if keep_check is not None:
         DatasetConfig.from_toml(keep_check).split("val")
+    base, weights = _starting_run(start, recipe)
+    dataset = Dataset(config=described, cache=base.data.cache)
+    vocabulary, images = dataset.vocabulary, len(dataset.store("train").image_ids)
     known = vocabulary_of(start)
     if known is not None:
         check_embeddings(vocabulary, known, start, dataset.config)

@@ -37,6 +37,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from proxydet.artifacts import Catalogue
 from proxydet.errors import CheckpointError, RuntimeEnvironmentError
 from proxydet.files import (
     PLACEHOLDER_BYTES,
@@ -49,7 +50,7 @@ from proxydet.files import (
     unwritable,
     write_errors,
 )
-from proxydet.paths import list_checkpoints
+from proxydet.paths import list_checkpoints, models_folder
 
 if (
     TYPE_CHECKING
@@ -299,14 +300,18 @@ def _read_array(file: Any) -> npt.NDArray[Any]:
 @contextlib.contextmanager
 def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None]:
     """Turn what damage makes readers raise into CheckpointError, and what the machine raises into RuntimeEnvironmentError."""
+    if not path.is_file():
+        name = None if path.exists() else Catalogue.load().name_of_source(path)
+        fetched = path.absolute().is_relative_to(models_folder().absolute())
+        raise CheckpointError(
+            f"the weight file {path} {'is not a file' if path.exists() else 'does not exist'}",
+            hint=f"get it with: proxydet download {name}"
+            if name
+            else "check its path; a run's are in RUN/checkpoints, published ones come with proxydet download",
+            path=path,
+            needs=(name,) if name and fetched else (),
+        )
     try:
-        if not path.is_file():
-            what = "is not a file" if path.exists() else "does not exist"
-            raise CheckpointError(
-                f"the weight file {path} {what}",
-                hint="check its path; a run's are in RUN/checkpoints, published ones come with proxydet download",
-                path=path,
-            )
         with path.open("rb") as file:
             refuse_placeholder(file.read(PLACEHOLDER_BYTES))
         yield

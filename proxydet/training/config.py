@@ -342,13 +342,6 @@ class TrainingConfig:
         threads = self.threads
         _require(threads is None or threads > 0, "threads must be above 0 or null", threads)
 
-    @property
-    def lacks_weights(self) -> str | None:
-        """Why a new run cannot start without weights; None: it can, or has them."""
-        if self.weights is not None or not self.freeze:
-            return None
-        return "parts are frozen (training.freeze), which would keep random values: give weights with --weights FILE"
-
 
 def scale_training(config: TrainingConfig, replicas: int) -> TrainingConfig:
     """Return the settings for another number of batches a step.

@@ -54,6 +54,7 @@ from proxydet.training.train import (
     fit_to_backbone,
     fit_to_embeddings,
     fit_to_masks,
+    lacking_weights,
     question_length,
 )
 
@@ -454,8 +455,8 @@ def plan_training(
     scaled = fit_to_backbone(scaled)
     if training.weights is not None and resumes_after is None:
         need("starting weights", training.weights)
-    if training.lacks_weights is not None and resumes_after is None:
-        unusable("starting weights", "", training.lacks_weights)
+    if resumes_after is None and (lacking := lacking_weights(scaled)) is not None:
+        unusable("starting weights", "", lacking)
     path = scaled.data.description
     notes: list[str] = []
     decided, objects_an_image = False, _OBJECTS_AN_IMAGE

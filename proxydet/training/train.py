@@ -192,8 +192,8 @@ def train(
         start = prepare(config, folder, ranks, resume, overwrite=overwrite)
         config, earlier, step = start.config, start.earlier, start.step
         settings = config.training
-        if settings.lacks_weights is not None and start.resumes_after is None:
-            raise ConfigError(f"There are no starting weights: {settings.lacks_weights}.")
+        if start.resumes_after is None and (lacking := lacking_weights(config)) is not None:
+            raise lacking
         stack.enter_context(reproducibility_mode(config.reproducibility))
         if ranks.device.type == "cpu":
             keep_freed_memory()
@@ -505,6 +505,18 @@ def fit_to_masks(
             "they train boxes and classes only"
         )
     return fitted, note
+
+
+def lacking_weights(config: RunConfig) -> ConfigError | None:
+    """Return why a new run cannot start without weights; None: it can, or names some."""
+    training, backbone = config.training, config.model.backbone
+    if training.weights is not None or not training.freeze:
+        return None
+    fetch = f"; {how_to_get_timm(backbone.timm)}" if backbone.kind == "timm" else ""
+    return ConfigError(
+        "There are no starting weights, and parts are frozen (training.freeze), which would keep random values.",
+        hint=f"give weights with --weights FILE{fetch}",
+    )
 
 
 def question_length(config: RunConfig, images: int) -> str:

@@ -178,9 +178,7 @@ def with_downloads(action: Callable[[], T], *, also: Sequence[str] = (), yes: bo
     Raises:
         ProxydetError: It failed for another reason, or what it needs was not downloaded.
     """
-    from proxydet.artifacts import Catalogue, Downloader, DownloadOptions
     from proxydet.errors import ProxydetError
-    from proxydet_cli.progress import show_progress
 
     fetched: set[str] = set()
     while True:
@@ -189,6 +187,9 @@ def with_downloads(action: Callable[[], T], *, also: Sequence[str] = (), yes: bo
         except ProxydetError as error:
             if not error.needs or fetched.issuperset(error.needs):
                 raise
+            from proxydet.artifacts import Catalogue, Downloader, DownloadOptions
+            from proxydet_cli.progress import show_progress
+
             needs = list(dict.fromkeys((*error.needs, *also)))
             fetched.update(needs)
             with (

@@ -16,7 +16,7 @@ import typer
 
 from proxydet.errors import ConfigError, InputError, JobInterruptedError
 from proxydet.paths import runs_folder
-from proxydet_cli.options import DryRun, Json, command_app, examples, general, panel
+from proxydet_cli.options import DryRun, Json, Yes, command_app, examples, general, panel
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class TrainOptions:
         _what(
             "--recipe",
             metavar="NAME",
-            help="Any recipe: r50, swinb (each also with _without_image_labels and _fast), boxsup_r50, boxsup_swinb, quickstart, "
-            "small, tiny.",
+            help="Any recipe: small, lite0, quickstart, tiny; r50, swinb (each also with _without_image_labels and _fast), "
+            "boxsup_r50, boxsup_swinb.",
         ),
     ] = None
     data: Annotated[Path | None, _what("--data", metavar="FILE", help="Dataset config (TOML).")] = (
@@ -330,27 +330,32 @@ def train(
     show_config: Annotated[
         bool, general("--show-config", help="Write the resolved configuration and do nothing.")
     ] = False,
+    yes: Yes = False,
     json: Json = False,
 ) -> None:
     """Train a detector.
 
-    The same command starts a run and resumes it, on any number of processes. Ctrl-C writes a checkpoint first. With --dry-run,
-    the exit code is 3 where training could not start.
+    The same command starts a run and resumes it, on any number of processes. Ctrl-C writes a checkpoint first. Published
+    starting weights that are missing are downloaded after one question. With --dry-run, the exit code is 3 where training
+    could not start.
     """
+    from proxydet_cli.commands.download import with_downloads
+
     options.check_choice()
     if options.reference is not None:
         from proxydet.visualization.reference import read_reference
 
         read_reference(options.reference)  # refused before anything is loaded or trained
-    # What is misspelt is refused before torch is loaded.
-    resolved, reasons = options.resolve()
+    # What is misspelt is refused, and what is missing downloaded, before torch is loaded.
+    planned = dry_run or show_config
+    resolved, reasons = options.resolve() if planned else with_downloads(options.resolve, yes=yes)
     if show_config:
         from proxydet.config import dump_yaml, to_mapping
 
         Output(json=json).data(to_mapping(resolved), dump_yaml(resolved).rstrip())
         return
     if not dry_run:  # which lists what is missing
-        options.check(resolved)
+        with_downloads(lambda: options.check(resolved), yes=yes)
     # Read when torch is loaded: its C++ code reports lost connections with stack traces; our errors report them.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch

@@ -393,3 +393,27 @@ def test_a_download_that_does_not_help_is_not_repeated(entry, tmp_path, monkeypa
     with pytest.raises(VocabularyError, match="still missing"):
         with_downloads(action, yes=True)
     assert len(calls) == 2
+
+
+def test_train_fetches_what_it_starts_from(entry, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROXYDET_CATALOGUE", str(tmp_path / "catalogue.toml"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    entry("start", b"not weights, so that nothing is trained here")
+    (tmp_path / "d.toml").write_text(
+        'name = "d"\n[vocabulary]\nembeddings = "e.npy"\n[train]\nannotations = "a.json"\nimages = "."\n'
+    )
+    words = ("train", "--recipe", "tiny", "--data", "d.toml", "--weights", "models/start.bin")
+    asked = cli(*words)
+    assert (asked.code, (tmp_path / "models").exists()) == (3, False)
+    assert "proxydet download start; --yes does so first" in asked.err
+    fetched = cli(*words, "--yes")
+    assert fetched.code == 3
+    assert "models/start.bin is damaged, or not a weight file" in fetched.err
+    # A published model to fine-tune is asked for too, but not before the data are found.
+    published = cli("train", "--finetune", "proxydet-r50-inl", "--data", "d.toml")
+    assert published.code == 4
+    assert "proxydet download proxydet-r50-inl lvis-metadata; --yes does so first" in published.err
+    misspelt = cli("train", "--finetune", "proxydet-r50-inl", "--data", "e.toml", "--yes")
+    assert misspelt.code == 3
+    assert "there is no dataset config e.toml" in misspelt.err

@@ -394,6 +394,9 @@ def test_objects_are_counted_in_the_annotations_that_are_read(tmp_path):
     planned = plan(tmp_path, f"data.description={path}")
     assert planned.estimate.objects_an_image == pytest.approx(6 / 2)
     assert "of 3 objects an image" in planned.to_text()
+    assert not any("images are planned" in note for note in planned.notes)
+    long = plan(tmp_path, f"data.description={path}", "training.iterations=90000")
+    assert "180,000 images are planned, of 4 that there are: each 45,000 times" in long.to_text()
 
 
 def test_a_step_takes_as_long_as_its_slowest_process():

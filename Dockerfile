@@ -19,7 +19,7 @@ RUN pip install --no-cache-dir "uv>=0.9,<0.14"
 COPY pyproject.toml requirements-dev.lock ./
 RUN case "$DEVICE" in cpu) set -- --torch-backend cpu --no-verify-hashes;; cuda) set --;; *) echo "DEVICE is cpu or cuda" >&2; exit 2;; esac; \
     uv pip install "$@" --constraints requirements-dev.lock --requirements pyproject.toml \
-        --extra video --extra serve --extra export
+        --extra video --extra serve --extra export --extra index --extra parquet
 
 COPY README.md LICENSE ./
 COPY proxydet proxydet

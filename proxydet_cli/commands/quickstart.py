@@ -50,7 +50,7 @@ def quickstart(
     from proxydet_cli.progress import show_progress
 
     if seeds is not None and not compare:
-        raise typer.BadParameter("--seeds belongs to --compare")
+        raise typer.BadParameter("--seeds requires --compare")
     out, progress = Output(json=json), show_progress()
     if compare:
         from proxydet.quickstart import compare_mixup

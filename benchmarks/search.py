@@ -14,7 +14,6 @@ image, and average precision of exact and compact indexes of the validation set,
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import resource
 import statistics
@@ -33,9 +32,9 @@ from proxydet.detector import Detector
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.detector_evaluation import evaluate_index, evaluate_split
 from proxydet.evaluation.split import DescribedSplit
-from proxydet.index.build import index_files, open_writer
+from proxydet.index.build import index_images
 from proxydet.index.search import RegionIndex
-from proxydet.index.store import IndexWriter, StoredIndex, read_words
+from proxydet.index.store import IndexWriter, StoredIndex, paths_of, read_words, write_part
 from proxydet.inference.jobs import predict_files
 from proxydet.inference.sources import find_images
 
@@ -56,27 +55,28 @@ def timed(work: Any, repeats: int = 7) -> float:
 def multiplied(source: Path, target: Path, regions: int) -> RegionIndex:
     """Make an index of as many regions, each a region of another index with noise."""
     stored = StoredIndex(source)
-    images = [part.image(row) for part, row in stored.rows()]
     draw = np.random.default_rng(0)
-    spread = [
-        np.concatenate(own).std(axis=0) for own in zip(*(i.embeddings for i in images), strict=True)
-    ]
-    count = 0
+    count, written = 0, []
     with IndexWriter(target, stored.detector, read_words(source)) as writer:
         while count < regions:
-            image = images[draw.integers(len(images))]
-            moved = [
-                own + 0.1 * scale * draw.standard_normal(own.shape, np.float32)
-                for own, scale in zip(image.embeddings, spread, strict=True)
-            ]
-            lengths = [np.linalg.norm(own, axis=1, keepdims=True) for own in image.embeddings]
-            moved = [
-                own * length / np.linalg.norm(own, axis=1, keepdims=True)
-                for own, length in zip(moved, lengths, strict=True)
-            ]
-            path = f"{image.path}.{count}"
-            writer.add(dataclasses.replace(image, path=path, embeddings=tuple(moved)))
-            count += len(image.proposals_N)
+            for part in stored.parts:
+                arrays = dict(part.arrays)
+                for name, own in part.arrays.items():
+                    if name.startswith("embeddings_"):
+                        values = own.astype(np.float32)
+                        noise = draw.standard_normal(own.shape, np.float32)
+                        moved = values + 0.1 * values.std(axis=0) * noise
+                        if own.dtype == np.int8:
+                            arrays[name] = np.rint(moved).clip(-127, 127).astype(np.int8)
+                        else:
+                            length, now = (
+                                np.linalg.norm(v, axis=1, keepdims=True) for v in (values, moved)
+                            )
+                            arrays[name] = moved * length / now
+                paths = [f"{part.path_of(row)}.{count}" for row in range(part.record.images)]
+                written.append(write_part(target, arrays | paths_of(paths)))
+                count += part.record.regions
+        writer.commit(written)
     return RegionIndex(target)
 
 
@@ -85,9 +85,9 @@ def reading(index: RegionIndex) -> float:
 
     def read() -> None:
         for part in index.stored.parts:
-            for name, values in part.tensors.items():
+            for name, values in part.arrays.items():
                 if name.startswith("embeddings_"):
-                    values.view(torch.int8).view(torch.int64).sum()
+                    torch.from_numpy(values).view(torch.int8).view(torch.int64).sum()
 
     return timed(read)
 
@@ -96,8 +96,7 @@ def scan(detector: Detector, folder: Path, images: list[Path], regions: int) -> 
     """Measure one new word over an exact and a compact index."""
     found: dict[str, Any] = {}
     for mode, most in (("exact", None), ("compact", 30)):
-        with open_writer(detector, folder / f"{mode}.small", most_regions=most) as writer:
-            index_files(detector, images, writer)
+        index_images(detector, images, folder / f"{mode}.small", most_regions=most)
         index = multiplied(folder / f"{mode}.small", folder / mode, regions)
         words = index.vocabulary_of([WORD])
         settings = index.settings(score_threshold=0.3, agnostic_nms=True)
@@ -159,8 +158,7 @@ def overhead(detector: Detector, folder: Path, images: list[Path]) -> dict[str, 
                 predict_files(plain, files, vocabulary=plain.vocabulary, settings=settings)
             else:
                 most = 30 if kind == "compact" else None
-                with open_writer(plain, folder / f"{kind}{turn}", most_regions=most) as writer:
-                    index_files(plain, images, writer)
+                index_images(plain, images, folder / f"{kind}{turn}", most_regions=most)
             if turn:  # the first is not counted
                 own.append((time.perf_counter() - began, cpu() - before))
     medians = {
@@ -191,8 +189,7 @@ def precision(detector: Detector, folder: Path, split: DescribedSplit) -> list[d
     images = sorted(p for root in split.images.roots for p in root.glob("*") if p.is_file())
     for most in (None, 100, 50, 30, 20, 10):
         place = folder / f"val{most}"
-        with open_writer(plain, place, most_regions=most) as writer:
-            index_files(plain, images, writer)
+        index_images(plain, images, place, most_regions=most)
         index = RegionIndex(place)
         metrics = evaluate_index(index, split, config=config).report.main.metrics
         size = index.stored.bytes / len(index)

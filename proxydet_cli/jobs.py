@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import os
 import shutil
 import sys
 import tempfile
@@ -13,12 +15,20 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from proxydet.wording import counted
+from proxydet.wording import counted, json_text
 from proxydet_cli.options import panel
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
-    from proxydet.inference.sharded import ImageWork, OpenWork, PartFormat, Shard
+    from proxydet.inference.sharded import (
+        Job,
+        JobSummary,
+        OpenWork,
+        PartFormat,
+        RunOptions,
+        Shard,
+    )
+    from proxydet.models import NamedDetector
 
 _many = panel("Many images")
 
@@ -31,8 +41,8 @@ class Engine(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobOptions:
-    """Options of a job over many images."""
+class ShardOptions:
+    """Options of any job over many images: what runs it, and how much of it."""
 
     shard: Annotated[
         str | None,
@@ -62,15 +72,6 @@ class JobOptions:
             help="What runs the workers: processes of this machine, or actors of Ray (of the cluster that RAY_ADDRESS names).",
         ),
     ] = Engine.processes
-    part_size: Annotated[
-        int | None,
-        _many(
-            "--part-size",
-            min=1,
-            help="Images in a file of results. [default: 1000; fewer where there are less than 64,000]",
-            show_default=False,
-        ),
-    ] = None
     max_errors: Annotated[
         int | None,
         _many(
@@ -80,34 +81,30 @@ class JobOptions:
             show_default=False,
         ),
     ] = None
-    retry_errors: Annotated[
-        bool,
-        _many("--retry-errors", help="Run again on the parts with images that could not be read."),
-    ] = False
 
     @property
     def here(self) -> bool:
         """Whether this process does the work, and starts no others."""
         return (self.workers or self.gpus or 1) == 1 and self.engine is Engine.processes
 
-    def check(self, folder: Path, sources: Sequence[str], *, overwrite: bool, module: str) -> Shard:
-        """Check what can be checked before a detector is opened, and begin to load workers.
+    def check(self, folder: Path, sources: Sequence[str], *, overwrite: bool = False) -> Shard:
+        """Check what can be checked before a detector is opened.
 
         Args:
             folder: Of the job.
             sources: What the user named.
             overwrite: Replace the job that is there.
-            module: What the workers load.
 
         Returns:
             The shard.
 
         Raises:
             ConfigError: Options contradict each other, or videos are among the sources.
+            LockedError: Another process runs the shard.
             RuntimeEnvironmentError: Files cannot be saved in the folder.
         """
         from proxydet.errors import ConfigError
-        from proxydet.inference.sharded import Shard, load_ahead
+        from proxydet.inference.sharded import Shard, require_free
         from proxydet.inference.sources import is_video
         from proxydet.inference.writers import check_folder
 
@@ -126,9 +123,66 @@ class JobOptions:
                 "--overwrite with --shard would remove what other shards have done",
                 hint="remove the folder, or choose another one with --output",
             )
-        if not self.here and self.engine is Engine.processes:
-            load_ahead(module)
+        require_free(folder, shard)
         return shard
+
+    def load(self) -> None:
+        """Begin to load what worker processes need."""
+        from proxydet.inference.sharded import load_ahead
+
+        if not self.here and self.engine is Engine.processes:
+            load_ahead("proxydet.detector")
+
+    def spread(self, device: str) -> dict[str, Any]:
+        """Return on which ``device``, and over how many ``gpus``, workers open their detectors."""
+        spread = self.gpus if self.gpus and self.engine is Engine.processes else 0
+        return {"device": "cuda:0" if self.gpus else device, "gpus": spread}
+
+    def options(self, batch_size: int) -> RunOptions:
+        """Return how the job runs.
+
+        Args:
+            batch_size: Images in the network at once.
+
+        Raises:
+            RuntimeEnvironmentError: There are fewer GPUs.
+        """
+        from proxydet.errors import RuntimeEnvironmentError
+        from proxydet.inference.sharded import RunOptions
+
+        if self.gpus is not None and self.engine is Engine.processes:
+            import torch
+
+            if torch.cuda.device_count() < self.gpus:
+                raise RuntimeEnvironmentError(
+                    f"--gpus is {self.gpus}, and torch sees {counted(torch.cuda.device_count(), 'GPU')}",
+                    hint="give fewer, or --workers N for processes on the CPU; proxydet env reports the GPUs",
+                )
+        return RunOptions(
+            batch_size=batch_size,
+            max_errors=self.max_errors,
+            workers=self.workers or self.gpus or 1,
+            gpus=0 if self.gpus is None else 1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(ShardOptions):
+    """Options of a job whose parts are files of results."""
+
+    part_size: Annotated[
+        int | None,
+        _many(
+            "--part-size",
+            min=1,
+            help="Images in a file of results. [default: 1000; fewer where there are less than 64,000]",
+            show_default=False,
+        ),
+    ] = None
+    retry_errors: Annotated[
+        bool,
+        _many("--retry-errors", help="Run again on the parts with images that could not be read."),
+    ] = False
 
     def run(
         self,
@@ -136,9 +190,9 @@ class JobOptions:
         folder: Path,
         sources: Sequence[str],
         *,
-        work: ImageWork,
-        elsewhere: OpenWork,
+        open_work: OpenWork,
         identity: dict[str, Any],
+        request: str,
         parts: PartFormat,
         shard: Shard,
         overwrite: bool,
@@ -150,9 +204,9 @@ class JobOptions:
             out: Where it is printed.
             folder: Of the job.
             sources: What the user named; ``-``: the list on stdin.
-            work: The work, opened in this process.
-            elsewhere: Opens it in worker processes.
+            open_work: Opens the work, in this process or in others.
             identity: What the results depend on; see `open_job`.
+            request: What `request_of` returned.
             parts: How results are written.
             shard: Which parts.
             overwrite: Replace the job that is there, once the images of the new one are found.
@@ -162,21 +216,11 @@ class JobOptions:
             DataError: Images could not be read; the others are done.
             ProxydetError: As of `open_job` and `run_job`.
         """
-        from proxydet.errors import DataError, RuntimeEnvironmentError
-        from proxydet.inference.sharded import RunOptions, open_job, run_job
-        from proxydet.inference.sources import describe_left_out
+        from proxydet.inference.sharded import open_job, run_job
         from proxydet_cli.progress import show_progress
 
-        if self.gpus is not None and self.engine is Engine.processes:
-            import torch
-
-            if torch.cuda.device_count() < self.gpus:
-                raise RuntimeEnvironmentError(
-                    f"--gpus is {self.gpus}, and torch sees {counted(torch.cuda.device_count(), 'GPU')}",
-                    hint="give fewer, or --workers N for processes on the CPU; proxydet env reports the GPUs",
-                )
-        progress = show_progress()
-        with _list_on_stdin(sources) as stdin:
+        options, progress = self.options(batch_size), show_progress()
+        with list_on_stdin(sources) as stdin:
             job = open_job(
                 folder,
                 sources,
@@ -185,63 +229,144 @@ class JobOptions:
                 part_images=self.part_size,
                 stdin=stdin,
                 overwrite=overwrite,
+                request=request,
                 progress=progress,
             )
-        if job.left_out:
-            out.message(f"left out: {describe_left_out(job.left_out)}")
-        if job.duplicates:
-            out.message(f"{counted(job.duplicates, 'image')} named again: each is run on once")
-        if not job.planned:
-            out.message(
-                f"continuing the job in {folder}: {counted(job.images, 'image')} as they were found then"
-            )
+        report_plan(out, job)
         done = run_job(
             job,
-            (lambda _: work) if self.here else elsewhere,
-            options=RunOptions(
-                batch_size=batch_size,
-                max_errors=self.max_errors,
-                workers=self.workers or self.gpus or 1,
-                gpus=0 if self.gpus is None else 1,
-            ),
+            open_work,
+            options=options,
             shard=shard,
             engine=self.engine.value,
             retry_errors=self.retry_errors,
             progress=progress,
         )
-        summary = f"{counted(done.images, 'image')}, {counted(done.objects, 'object')}"
-        if shard.count > 1:
-            summary = f"shard {shard}: {summary}"
-        if done.before:
-            summary += f" ({done.before} images before this run)"
-        out.data(
-            {
-                **dataclasses.asdict(done),
-                "left_out": dict(job.left_out),
-                "duplicates": job.duplicates,
-                "parts": len(job.offsets),
-            },
-            f"{summary}: {folder / 'parts'}",
+        _report(out, job, done, shard)
+
+    def report_finished(
+        self,
+        out: Output,
+        folder: Path,
+        sources: Sequence[str],
+        *,
+        request: str,
+        parts: PartFormat,
+        shard: Shard,
+    ) -> bool:
+        """Print the summary of a job that the same command has finished, and return whether it has: no detector is opened for that.
+
+        Args:
+            out: As of `run`, as are the others.
+            folder: Of the job.
+            sources: What the user named.
+            request: What `request_of` returned.
+            parts: How results are written.
+            shard: Which parts.
+
+        Raises:
+            DataError: Images could not be read.
+        """
+        from proxydet.inference.sharded import finished_job
+
+        found = finished_job(
+            folder,
+            sources,
+            request=request,
+            parts=parts,
+            shard=shard,
+            retry_errors=self.retry_errors,
         )
-        if done.unfinished:
-            out.message(f"{counted(done.unfinished, 'part')} of other shards not finished yet")
-        if done.changed:
-            out.warning(
-                f"{counted(done.changed, 'image')} changed after the job was planned; results are of what is there now"
-            )
-        if done.errors:
-            for text in done.failures:
-                out.warning(text)
-            again = "run the same command again: what a store did not hand out is read again"
-            rows = "their rows have an error; when they can be read: --retry-errors"
-            raise DataError(
-                f"{done.errors} of {counted(done.images, 'image')} could not be read; the rest is done",
-                hint=again if done.unreachable else rows,
-            )
+        if found is not None:
+            out.message(f"the job in {folder} is finished")
+            _report(out, *found, shard)
+        return found is not None
+
+
+def request_of(named: NamedDetector, *options: Any) -> str:
+    """Return a digest of what a command asks for: equal ones ask for the same, though the same may be asked for in several ways.
+
+    Args:
+        named: The detector; its files count by path, size and time.
+        *options: Values that the results depend on, or dataclasses of them; texts that name files count as those files, too.
+
+    Returns:
+        Empty where a file of the detector is not there.
+    """
+    from proxydet._version import __version__
+    from proxydet.errors import ProxydetError
+    from proxydet.inference.sources import file_state
+    from proxydet.models import locate_published, newest_weights
+
+    try:
+        weights = named.weights
+        if weights is None and named.run is not None:
+            weights = newest_weights(named.run)
+        elif weights is None and named.published is not None:
+            weights = locate_published(named.published)
+    except ProxydetError:  # opening it says why
+        return ""
+    values: list[Any] = []
+    for option in options:
+        values += vars(option).values() if dataclasses.is_dataclass(option) else [option]
+    places = [weights, named.config, *(v for v in values if isinstance(v, str | Path))]
+    if named.run is not None:
+        places += sorted(path for path in named.run.iterdir() if path.suffix != ".jsonl")
+    states = [(os.path.abspath(str(place)), file_state(str(place))) for place in places]  # noqa: PTH100
+    content = json_text([__version__, states, [*map(str, values)]])
+    return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def report_plan(out: Output, job: Job) -> None:
+    """Print what was left out of a plan, and whether it is an earlier one."""
+    from proxydet.inference.sources import describe_left_out
+
+    if job.left_out:
+        out.message(f"left out: {describe_left_out(job.left_out)}")
+    if job.duplicates:
+        out.message(f"{counted(job.duplicates, 'image')} named again: each is run on once")
+    if not job.planned:
+        out.message(
+            f"continuing the job in {job.folder}: {counted(job.images, 'image')} as they were found then"
+        )
+
+
+def _report(out: Output, job: Job, done: JobSummary, shard: Shard) -> None:
+    from proxydet.errors import DataError
+
+    summary = f"{counted(done.images, 'image')}, {counted(done.objects, 'object')}"
+    if shard.count > 1:
+        summary = f"shard {shard}: {summary}"
+    if done.before:
+        summary += f" ({done.before} images before this run)"
+    out.data(
+        {
+            **dataclasses.asdict(done),
+            "left_out": dict(job.left_out),
+            "duplicates": job.duplicates,
+            "parts": len(job.offsets),
+        },
+        f"{summary}: {job.folder / 'parts'}",
+    )
+    if done.unfinished:
+        out.message(f"{counted(done.unfinished, 'part')} of other shards not finished yet")
+    if done.changed:
+        out.warning(
+            f"{counted(done.changed, 'image')} changed after the job was planned; results are of what is there now"
+        )
+    if done.errors:
+        for text in done.failures:
+            out.warning(text)
+        again = "run the same command again: what a store did not hand out is read again"
+        rows = "their rows have an error; when they can be read: --retry-errors"
+        raise DataError(
+            f"{done.errors} of {counted(done.images, 'image')} could not be read; the rest is done",
+            hint=again if done.unreachable else rows,
+        )
 
 
 @contextlib.contextmanager
-def _list_on_stdin(sources: Sequence[str]) -> Iterator[Path | None]:
+def list_on_stdin(sources: Sequence[str]) -> Iterator[Path | None]:
     """Copy the list on stdin, which may be long, to a file; None where ``-`` is not among the sources."""
     if "-" not in sources:
         yield None

@@ -29,6 +29,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 import typer.core
 
+from proxydet.wording import nearest
+
 GENERAL = "General options"
 """Group of the options that most commands have, at the end of the list."""
 
@@ -115,8 +117,13 @@ class Group(_Help, typer.core.TyperGroup):
     """The subcommand that is meant where none is named."""
 
     def parse_args(self: Any, ctx: Any, args: list[str]) -> Any:
-        """Put the default subcommand in front of what names none."""
+        """Put the default subcommand in front of what names none; what nearly names one, and is no file, is a usage error."""
         if self.default and args and args[0] not in (*self.commands, *ctx.help_option_names):
+            near = nearest(args[0], list(self.commands))
+            if near and not os.path.lexists(args[0]):
+                raise typer.BadParameter(
+                    f"there is no subcommand or file {args[0]!r}.{near}", ctx=ctx
+                )
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from proxydet.config import merge
-from proxydet.data.images import Pixels
+from proxydet.data.images import Pixels, checked_boxes
 from proxydet.detections import Detections
-from proxydet.errors import ConfigError, DataError, MissingDependencyError, VocabularyError
+from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.files import sha256, staged, write_errors
-from proxydet.index.store import Part, StoredIndex, read_words
+from proxydet.index.store import Part, StoredIndex, read_words, require_faiss
 from proxydet.inference.sources import SourceImage
+from proxydet.modeling.boxes import pairwise_iou
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import (
     ClassText,
@@ -39,9 +40,10 @@ from proxydet.modeling.postprocess import (
     class_scores,
     detect_classes,
 )
-from proxydet.modeling.roi_heads import FeatureBatch, ZeroShotClassifier
+from proxydet.modeling.roi_heads import FeatureBatch, RegionEmbeddings, ZeroShotClassifier
 from proxydet.reporting import SILENT, Progress
 from proxydet.visualization.report import CaptionedImage, Report, Section
+from proxydet.vocabulary.exemplars import RegionStatistics, classes_of_exemplars
 from proxydet.vocabulary.sources import Classes, TrainedClasses
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.wording import first_line
@@ -56,6 +58,13 @@ _IMAGES_AT_ONCE = 64
 _NEAREST = 4096
 _PROBED = 0.03
 _THUMBNAIL = 480
+# What a class of a region is called, and the overlap with a given box that a region must have.
+_LIKE = "like this"
+_LEAST_IOU = 0.2
+# Regions that show how classes look, and the score of a class above which one shows it.
+_SAMPLED = 2**15
+_SAMPLED_AT_ONCE = 2**11
+_FOUND_ABOVE = 0.3
 
 Facts = Sequence[tuple[str, str]]
 
@@ -85,6 +94,112 @@ class ImageHit:
         return {"file": self.path, **self.found.to_dict()}
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredClassifier:
+    """The classifier of one stored embedding of a part: logits of what is stored, for classes given by columns of text.
+
+    Attributes:
+        temperature: Factor from cosine to logit.
+        bias: Added to the logits.
+        scale_D: Of int8 embeddings: what they are multiplied by; None: they are stored as they are.
+        offset_D: What is added to them then.
+    """
+
+    temperature: float
+    bias: float
+    scale_D: Tensor | None = None
+    offset_D: Tensor | None = None
+
+    def values(self, embeddings_ND: Tensor) -> Tensor:
+        """Return embeddings as the detector made them, but for rounding: float32 (N, D)."""
+        if self.scale_D is None or self.offset_D is None:
+            return embeddings_ND
+        return embeddings_ND * self.scale_D + self.offset_D
+
+    def logits(self, embeddings_ND: Tensor, text_DK: Tensor) -> Tensor:
+        """Return the logits (N, K)."""
+        text_DK = self.temperature * text_DK
+        if self.scale_D is None or self.offset_D is None:
+            return (embeddings_ND @ text_DK).add_(self.bias)
+        logits_NK = embeddings_ND.float() @ (self.scale_D[:, None] * text_DK)
+        return logits_NK.add_(self.offset_D @ text_DK + self.bias)
+
+
+class PartTensors:
+    """The arrays of a part as tensors, which lie in the file until they are read.
+
+    Attributes:
+        part: The part.
+        classifiers: That of each stored embedding.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._tensors = {name: torch.from_numpy(values) for name, values in part.arrays.items()}
+        self.classifiers = [
+            StoredClassifier(
+                *own, self._tensors.get(f"scale_{number}"), self._tensors.get(f"offset_{number}")
+            )
+            for number, own in enumerate(part.detector.classifiers)
+        ]
+
+    def embeddings(self, regions: slice | Tensor) -> RegionEmbeddings:
+        """Return some regions as one image's, or for places (B, R) as a batch's, embeddings as they are stored."""
+        pick = slice(None) if isinstance(regions, Tensor) else None  # a batch, or one image
+        stored = [
+            self._tensors[f"embeddings_{number}"][regions][pick]
+            for number in range(len(self.classifiers))
+        ]
+        proposals_BR = self._tensors["proposals"][regions][pick].float()
+        mixup = self.part.detector.mixup
+        return RegionEmbeddings(
+            detection=tuple(stored[: len(stored) - mixup]),
+            mixup_BRD=stored[-1] if mixup else None,
+            mixup_boxes_BR4=None,
+            boxes_BR4=proposals_BR.new_zeros(*proposals_BR.shape, 4),
+            proposal_scores_BR=proposals_BR,
+            valid_BR=torch.ones_like(proposals_BR, dtype=torch.bool),
+        )
+
+    def means(self, regions: slice | Tensor) -> Tensor:
+        """Return the mean over the detection branch's steps of the embeddings of some regions: float32 (N, D)."""
+        steps = self.classifiers[: len(self.classifiers) - self.part.detector.mixup]
+        return torch.stack(
+            [own.values(self._tensors[f"embeddings_{k}"][regions]) for k, own in enumerate(steps)]
+        ).mean(dim=0)
+
+    def sizes(self, rows: Tensor) -> Tensor:
+        """Return the sizes of images (...) as `proxydet.index.build.ImageRegions` has them: int32 (..., 4)."""
+        return self._tensors["sizes"][rows]
+
+    def boxes(self, regions: Tensor, rows: Tensor) -> Tensor:
+        """Return boxes of regions (...), in the pixels of their images (rows) as the network saw them: (..., 4)."""
+        boxes = self._tensors["boxes"][regions]
+        if boxes.dtype == torch.float32:
+            return boxes
+        sides_2 = self.sizes(rows)[..., [1, 0, 1, 0]].float()
+        return (boxes.float() + 32768) / 65535 * sides_2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LikeRegion:
+    """What looks like a region of an image of an index."""
+
+    vocabulary: Vocabulary
+    """One class, of the region's embedding."""
+    source: SourceImage
+    """The image."""
+    box_xyxy: tuple[float, ...]
+    """The region's box, in pixels of the image."""
+    iou: float
+    """Its IoU with the box that was asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was looked for as plain Python values, ready for JSON."""
+        box = [round(value, 2) for value in self.box_xyxy]
+        return {"file": self.source.name, "box_xyxy": box, "iou": round(self.iou, 4)}
+
+
 class RegionIndex(TrainedClasses):
     """An index of images that can be searched.
 
@@ -104,16 +219,12 @@ class RegionIndex(TrainedClasses):
             InputError: There is none, or it is damaged or of another version.
         """
         self.stored = StoredIndex(path)
+        self.stored.require_whole()
         super().__init__(*read_words(self.stored.path))
         self.inference = self.stored.detector.inference
 
     def __len__(self) -> int:
         return self.stored.images
-
-    @cached_property
-    def _firsts(self) -> npt.NDArray[np.int64]:
-        """The place of the first image of each part, and behind the last the number of places."""
-        return np.cumsum([0, *(part.record.images for part in self.stored.parts)])
 
     def path_at(self, number: int) -> str | None:
         """Return the path of the image at a place of the index; None: there is none."""
@@ -122,10 +233,9 @@ class RegionIndex(TrainedClasses):
 
     def source_at(self, number: int) -> SourceImage | None:
         """Return the image at a place of the index, as what can be read; None: there is none."""
-        place = int(np.searchsorted(self._firsts, number, side="right")) - 1
-        if not 0 <= place < len(self.stored.parts):
+        if not 0 <= number < self.stored.firsts[-1]:
             return None
-        part, row = self.stored.parts[place], number - int(self._firsts[place])
+        part, row = self.stored.at(number)
         return part.source_of(row) if part.kept_B[row] else None
 
     def read_image(self, number: int) -> Pixels:
@@ -219,7 +329,10 @@ class RegionIndex(TrainedClasses):
         numbers, rows, scores = [], [], []
         for number, part in enumerate(self.stored.parts):
             regions_K, scores_K = _scan(
-                part, classes, settings, None if approximate is None else approximate[number]
+                PartTensors(part),
+                classes,
+                settings,
+                None if approximate is None else approximate[number],
             )
             above.append(regions_K)
             row_K = np.searchsorted(part.starts_B, regions_K.numpy(), side="right") - 1
@@ -257,10 +370,10 @@ class RegionIndex(TrainedClasses):
                 else:
                     ends = np.searchsorted(above[number].numpy(), bounds)
                     regions = [above[number][first:last] for first, last in ends.T.tolist()]
-                predictions = _select(part, own.tolist(), regions, classes, settings)
+                predictions = _select(PartTensors(part), own.tolist(), regions, classes, settings)
                 hits += [
                     ImageHit(
-                        number=int(self._firsts[number]) + row,
+                        number=int(self.stored.firsts[number]) + row,
                         source=part.source_of(row),
                         found=Detections(prediction, vocabulary.reported),
                     )
@@ -275,8 +388,93 @@ class RegionIndex(TrainedClasses):
     ) -> Prediction:
         """Return what is found in one image of the index."""
         regions = torch.arange(int(part.starts_B[row]), int(part.starts_B[row + 1]))
-        (prediction,) = _select(part, [row], [regions], self._text(vocabulary), settings)
+        (prediction,) = _select(
+            PartTensors(part), [row], [regions], self._text(vocabulary), settings
+        )
         return prediction
+
+    # --- More like a region ---------------------------------------------------------------------------------------------
+
+    def like(self, image: int | Path | str, box_xyxy: Sequence[float]) -> LikeRegion:
+        """Return the class of what is in a box of an image of the index; ``search(like.vocabulary)`` finds more of it.
+
+        Its embedding is that of the region, of those that are stored of the image, with the highest IoU: neither the detector
+        nor the image is needed.
+
+        Args:
+            image: `ImageHit.number`, or the path of the image.
+            box_xyxy: Pixels of the image, such as ``hit.found.boxes_xyxy[0]``.
+
+        Raises:
+            DataError: The index has no such image, the box is none, or no region of the image overlaps it.
+        """
+        if isinstance(image, int):
+            held = 0 <= image < int(self.stored.firsts[-1])
+            found = self.stored.at(image) if held else None
+        else:
+            name = str(image)
+            found = self.stored.find(name if "://" in name else os.path.abspath(name))  # noqa: PTH100
+        if found is None or not found[0].kept_B[found[1]]:
+            raise DataError(
+                f"{self.stored.path} has no image {image}",
+                hint="images are named by the paths that proxydet search shows",
+            )
+        part, row = found
+        opened = PartTensors(part)
+        height, width, *size = opened.sizes(torch.tensor(row)).tolist()
+        (box_4,) = checked_boxes([box_xyxy], (size[0], size[1]), str(image))
+        scale_4 = torch.tensor([width / size[1], height / size[0]] * 2)
+        region_N = torch.arange(int(part.starts_B[row]), int(part.starts_B[row + 1]))
+        boxes_N4 = opened.boxes(region_N, torch.full_like(region_N, row))
+        iou_N = pairwise_iou((torch.from_numpy(box_4) * scale_4)[None, None], boxes_N4[None])[0, 0]
+        if not len(iou_N) or float(iou_N.max()) <= _LEAST_IOU:
+            best = float(iou_N.max()) if len(iou_N) else 0.0
+            raise DataError(
+                f"the index has no region of {part.path_of(row)} where the box is: the best has an IoU of {best:.2f}",
+                hint="draw the box around one object; a compact index has only the best regions of an image (--regions)",
+            )
+        best_region = int(iou_N.argmax())
+        mean_ND = opened.means(region_N[best_region : best_region + 1])
+        made = classes_of_exemplars([_LIKE], [mean_ND.numpy()], self._statistics)
+        return LikeRegion(
+            vocabulary=made.vocabulary,
+            source=part.source_of(row),
+            box_xyxy=tuple((boxes_N4[best_region] / scale_4).tolist()),
+            iou=float(iou_N[best_region]),
+        )
+
+    @cached_property
+    def _statistics(self) -> RegionStatistics:
+        """How regions of classes look to the detector: those of the index in which it finds the base classes of its training."""
+        base = self.vocabulary.subset(
+            [n for n, b in zip(self.vocabulary.names, self.vocabulary.base, strict=True) if b]
+            or self.vocabulary.names
+        )
+        classes, step = self._text(base), max(1, self.stored.regions // _SAMPLED)
+        means, rows, scores = [], [], []
+        with torch.inference_mode():
+            for part in self.stored.parts:
+                opened = PartTensors(part)
+                for start in range(0, part.record.regions, step * _SAMPLED_AT_ONCE):
+                    places = slice(start, start + step * _SAMPLED_AT_ONCE, step)
+                    stored = opened.embeddings(places)
+                    best = class_scores(stored, classes, _as_modules(opened), self.inference).max(
+                        dim=1
+                    )
+                    means.append(opened.means(places).numpy())
+                    rows.append(best.indices.numpy())
+                    scores.append(best.values.numpy())
+        common: dict[str, Any] = {
+            "weights": self.stored.detector.weights,
+            "temperature": self.stored.detector.classifiers[0][0],
+        }
+        regions, found = np.concatenate(means), np.concatenate(scores) > _FOUND_ABOVE
+        try:
+            return RegionStatistics.from_regions(
+                regions[found], np.concatenate(rows)[found], base, **common
+            )
+        except VocabularyError:  # the index shows too few of these classes
+            return RegionStatistics.assumed(regions, base, **common)
 
     def _text(self, vocabulary: Vocabulary) -> ClassText:
         expected = self.stored.detector.dimension
@@ -288,12 +486,6 @@ class RegionIndex(TrainedClasses):
         return ClassText.of(vocabulary, torch.device("cpu"))
 
     # --- Approximate search ---------------------------------------------------------------------------------------------
-
-    @property
-    def _tree(self) -> str:
-        """What the file of the tree over the regions of these parts is called; its own SHA-256 comes behind."""
-        parts = "".join(part.record.sha256 for part in self.stored.parts)
-        return f"approximate-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
     def build_approximate(self, progress: Progress = SILENT) -> Path:
         """Build what approximate search needs: an inverted file (FAISS) of the fused embeddings of all regions.
@@ -311,7 +503,7 @@ class RegionIndex(TrainedClasses):
             DataError: The index holds no regions.
             DiskFullError: There is no room.
         """
-        faiss = _faiss()
+        faiss = require_faiss()
         regions = self.stored.regions
         if not regions:
             raise DataError(f"{self.stored.path} holds no regions", hint="index images first")
@@ -326,7 +518,7 @@ class RegionIndex(TrainedClasses):
                 task.advance(len(values_ND))
         content = faiss.serialize_index(tree).data
         digest = hashlib.sha256(content).hexdigest()[:16]
-        file = self.stored.path / f"{self._tree}-{digest}.faiss"
+        file = self.stored.path / f"{self.stored.tree}-{digest}.faiss"
         with staged(file) as temporary, write_errors(file):
             temporary.write_bytes(content)
         for old in self.stored.path.glob("approximate-*.faiss"):
@@ -338,15 +530,16 @@ class RegionIndex(TrainedClasses):
         """Yield one embedding of each region, whose products with text order regions nearly as their scores do."""
         weight = (self.inference.alpha + self.inference.beta) / 2
         for part in self.stored.parts:
+            opened = PartTensors(part)
             for start in range(0, part.record.regions, _REGIONS_AT_ONCE):
-                stored = part.embeddings(slice(start, start + _REGIONS_AT_ONCE))
+                stored = opened.embeddings(slice(start, start + _REGIONS_AT_ONCE))
                 given = [
                     *stored.detection,
                     *([] if stored.mixup_BRD is None else [stored.mixup_BRD]),
                 ]
                 plain = [
                     classifier.logits(values[0], torch.eye(values.shape[2])) - classifier.bias
-                    for classifier, values in zip(part.classifiers, given, strict=True)
+                    for classifier, values in zip(opened.classifiers, given, strict=True)
                 ]
                 steps = torch.stack(plain[: len(stored.detection)]).mean(dim=0)
                 if stored.mixup_BRD is not None:
@@ -355,14 +548,8 @@ class RegionIndex(TrainedClasses):
 
     @cached_property
     def _opened_tree(self) -> Any:
-        faiss = _faiss()
-        file = next(self.stored.path.glob(f"{self._tree}-*.faiss"), None)
-        if file is None:
-            raise DataError(
-                f"{self.stored.path} has no approximate search, or had it before images were added or removed",
-                hint="build it with: proxydet index approximate PHOTOS.index; or leave --approximate out",
-                path=self.stored.path,
-            )
+        faiss = require_faiss()
+        file = self.stored.require_tree()
         try:
             if not file.stem.endswith(sha256(file)[:16]):
                 raise RuntimeError("SHA-256 mismatch: it changed after it was written")
@@ -370,7 +557,7 @@ class RegionIndex(TrainedClasses):
         except (RuntimeError, OSError) as error:
             raise DataError(
                 f"{file} is damaged: {first_line(error)}",
-                hint="build it again with: proxydet index approximate PHOTOS.index",
+                hint=f"build it again with: proxydet index approximate {self.stored.path}",
                 path=file,
             ) from error
         tree.nprobe = max(16, round(tree.nlist * _PROBED))
@@ -387,20 +574,8 @@ class RegionIndex(TrainedClasses):
         return [torch.from_numpy(own - start) for own, start in zip(pieces, starts, strict=True)]
 
 
-def _faiss() -> ModuleType:
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"approximate search needs the package faiss-cpu, which cannot be imported: {error}",
-            hint="run: pip install 'proxydet[index]' (or: pip install faiss-cpu)",
-        ) from error
-    module: ModuleType = faiss
-    return module
-
-
 def _scan(
-    part: Part, classes: ClassText, settings: InferenceConfig, near_K: Tensor | None
+    part: PartTensors, classes: ClassText, settings: InferenceConfig, near_K: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the regions of a part, ascending, that may score above the threshold of a class, and the best score of each.
 
@@ -418,7 +593,7 @@ def _scan(
         threshold_C[classes.background_K] = torch.inf
     step = max(min(_REGIONS_AT_ONCE, _SCORES_AT_ONCE // len(threshold_C)), 64)
     regions, scores = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
-    for start in range(0, part.record.regions if near_K is None else len(near_K), step):
+    for start in range(0, part.part.record.regions if near_K is None else len(near_K), step):
         if near_K is None:
             stored = part.embeddings(slice(start, start + step))
         else:
@@ -432,7 +607,7 @@ def _scan(
 
 
 def _select(
-    part: Part,
+    part: PartTensors,
     rows: list[int],
     regions: list[Tensor],
     classes: ClassText,
@@ -450,7 +625,7 @@ def _select(
     place_BR = pad_sequence(regions, True)
     valid_BR = pad_sequence([torch.ones_like(own, dtype=torch.bool) for own in regions], True)
     row_B = torch.tensor(rows)
-    sizes_B4 = part.tensors["sizes"][row_B]
+    sizes_B4 = part.sizes(row_B)
     stored = dataclasses.replace(
         part.embeddings(place_BR), boxes_BR4=part.boxes(place_BR, row_B[:, None]), valid_BR=valid_BR
     )
@@ -460,7 +635,7 @@ def _select(
     return assemble_predictions(found, batch, originals, None)
 
 
-def _as_modules(part: Part) -> list[ZeroShotClassifier]:
+def _as_modules(part: PartTensors) -> list[ZeroShotClassifier]:
     return cast("list[ZeroShotClassifier]", part.classifiers)  # of which only `logits` is called
 
 

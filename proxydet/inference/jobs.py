@@ -14,7 +14,7 @@ from proxydet.data.images import Pixels
 from proxydet.detections import Detections, FrameResult
 from proxydet.errors import ConfigError, DataError, JobInterruptedError
 from proxydet.inference.pipeline import WriteBehind, Writer, run_images
-from proxydet.inference.sources import ImageFile, VideoFile
+from proxydet.inference.sources import ImageFile, Unreadable, VideoFile
 from proxydet.inference.writers import make_frame_writers
 from proxydet.modeling.postprocess import to_host
 from proxydet.reporting import SILENT
@@ -50,14 +50,6 @@ class ImageResult:
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values, ready for JSON."""
         return {"file": self.image.label, **self.found.to_dict()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unreadable:
-    """An image that could not be read."""
-
-    file: Path | str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,7 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +26,15 @@ from PIL import Image
 from proxydet.data.images import as_pixels, read_image, read_large_images
 from proxydet.detections import Detections
 from proxydet.detector import Detector, ScaledImage, open_named
-from proxydet.errors import ConfigError, DataError, InputError, MissingDependencyError
+from proxydet.errors import ConfigError, DataError, InputError
 from proxydet.inference.pipeline import run_images
-from proxydet.inference.sharded import PartFormat, Row
+from proxydet.inference.sharded import Row
 from proxydet.inference.sources import SourceImage
-from proxydet.inference.writers import PART_KINDS
+from proxydet.inference.writers import columns
 from proxydet.modeling.postprocess import to_host
 from proxydet.modeling.weights import weights_digest
 from proxydet.models import NamedDetector, find_detector
 from proxydet.runtime.processes import keep_freed_memory
-from proxydet.wording import json_text
 
 if TYPE_CHECKING:
     from proxydet.data.images import Pixels
@@ -57,13 +54,17 @@ class DetectionWork:
     vocabulary: Vocabulary
     settings: InferenceConfig
 
+    def read(self, image: SourceImage, root: str) -> ScaledImage:
+        """Read an image and scale it for the network."""
+        return self.prepare(image.read(root))
+
     def prepare(self, pixels_HW3: Pixels) -> ScaledImage:
         """Scale an image for the network."""
         return self.detector.scaled(pixels_HW3, self.settings)
 
-    def shape(self, prepared: ScaledImage) -> tuple[int, ...]:
+    def shape(self, read: ScaledImage) -> tuple[int, ...]:
         """Return the size that the network sees."""
-        return tuple(prepared.views[0].image.shape) if prepared.views else prepared.size
+        return tuple(read.views[0].image.shape) if read.views else read.size
 
     def run(self, batch: list[ScaledImage]) -> list[Detections]:
         """Detect objects in a batch."""
@@ -113,128 +114,6 @@ class OpenDetection:
         if detector.network.device.type == "cpu":
             keep_freed_memory()
         return DetectionWork(detector=detector, vocabulary=self.vocabulary, settings=self.settings)
-
-
-# --- Forms of the results --------------------------------------------------------------------------------------------------
-
-
-def part_format(kind: str) -> PartFormat:
-    """Return how the results of a part are written.
-
-    Args:
-        kind: One of `PART_KINDS`.
-
-    Raises:
-        ConfigError: There is no such kind.
-        MissingDependencyError: Parquet without pyarrow.
-    """
-    if kind == "parquet":
-        _pyarrow()
-        return ParquetParts()
-    if kind not in PART_KINDS:
-        raise ConfigError(f"cannot save {kind!r}", hint=f"choose from {', '.join(PART_KINDS)}")
-    return JsonLinesParts(packed=kind.endswith(".gz"))
-
-
-@dataclasses.dataclass(frozen=True)
-class JsonLinesParts:
-    """A JSON object an image and line: ``file`` with what `Detections.to_dict` gives, or ``file`` with ``error``."""
-
-    packed: bool = False
-
-    @property
-    def name(self) -> str:
-        """What the manifest calls it."""
-        return "jsonl.gz" if self.packed else "jsonl"
-
-    @property
-    def suffix(self) -> str:
-        """Of the files."""
-        return f".{self.name}"
-
-    def write(self, target: Path, rows: Iterable[Row]) -> int:
-        """Write a line for each row, when it comes; the same rows give the same bytes."""
-        objects = 0
-        with target.open("wb") as plain:
-            # Without the time and the name that gzip notes in its header.
-            packed = gzip.GzipFile("", "wb", 6, plain, mtime=0) if self.packed else None
-            for row in rows:
-                content = {"error": row.error} if row.error is not None else row.content.to_dict()
-                objects += 0 if row.error is not None else len(row.content)
-                line = json_text({"file": row.image.name, **content}) + "\n"
-                (packed or plain).write(line.encode())
-            if packed is not None:
-                packed.close()
-        return objects
-
-
-class ParquetParts:
-    """A row an image: ``file``, ``width``, ``height``, ``labels``, ``class_ids``, ``scores``, ``boxes`` (lists), ``masks`` (COCO's counts), ``error``."""
-
-    name = "parquet"
-    suffix = ".parquet"
-
-    def write(self, target: Path, rows: Iterable[Row]) -> int:
-        """Write a table, 128 rows at once."""
-        pa = _pyarrow()
-        import pyarrow.parquet as parquet
-
-        texts, numbers = pa.list_(pa.string()), pa.list_(pa.int32())
-        schema = pa.schema(
-            [
-                ("file", pa.string()),
-                ("width", pa.int32()),
-                ("height", pa.int32()),
-                ("labels", texts),
-                ("class_ids", numbers),
-                ("scores", pa.list_(pa.float32())),
-                ("boxes", pa.list_(pa.list_(pa.float32(), 4))),
-                ("masks", texts),
-                ("error", pa.string()),
-            ]
-        )
-        objects, upcoming = 0, iter(rows)
-        with parquet.ParquetWriter(target, schema, compression="zstd") as writer:
-            while chunk := list(islice(upcoming, 128)):
-                lines = [columns(row) for row in chunk]
-                objects += sum(len(line["scores"]) for line in lines)
-                writer.write_table(pa.Table.from_pylist(lines, schema=schema))
-        return objects
-
-
-def columns(row: Row) -> dict[str, Any]:
-    """Return a row with the columns of `ParquetParts`, as plain Python values; of an error all lists are empty."""
-    # A name that is not UTF-8 is written with its escapes, in errors too, for no format of tables has such text.
-    name, error = (
-        None if text is None else text.encode("utf-8", "backslashreplace").decode()
-        for text in (row.image.name, row.error)
-    )
-    found: Detections | None = row.content
-    height, width = (None, None) if found is None else found.image_size
-    return {
-        "file": name,
-        "width": width,
-        "height": height,
-        "labels": [] if found is None else list(found.labels),
-        "class_ids": [] if found is None else found.class_ids.tolist(),
-        "scores": [] if found is None else found.scores.tolist(),
-        "boxes": [] if found is None else found.boxes_xyxy.tolist(),
-        "masks": [rle["counts"] for rle in found.rles]
-        if found is not None and found.has_masks
-        else [],
-        "error": error,
-    }
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Parquet files need the package pyarrow, which cannot be imported: {error}",
-            hint="run: pip install 'proxydet[parquet]' (or: pip install pyarrow), or save jsonl.gz",
-        ) from error
-    return pyarrow
 
 
 # --- The callable ----------------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 What is done with an image is an argument, as is the form of the results::
 
     class Work:                                       # an ImageWork: what a process holds, such as an open detector
-        def prepare(self, pixels): ...                # uint8 (H, W, 3) RGB -> what `run` takes; threads call it
-        def shape(self, prepared): ...                # images of equal shape share a batch
-        def run(self, batch): ...                     # list of prepared -> content of each image, in their order
+        def read(self, image, root): ...              # such as image.read(root): what `run` takes; threads call it
+        def shape(self, read): ...                    # images of equal shape share a batch
+        def run(self, batch): ...                     # list of what was read -> content of each image, in their order
         large = False                                 # whether few images, as a whole, fit into memory
 
     class Parts:                                      # a PartFormat: picklable; writes the results of some images
@@ -58,7 +58,6 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import msgspec
 
 from proxydet._version import __version__
-from proxydet.data.images import Pixels
 from proxydet.errors import (
     ConfigError,
     DataError,
@@ -103,10 +102,10 @@ _MOST_DEATHS = 3
 class ImageWork(Protocol):
     """What is done with an image."""
 
-    def prepare(self, pixels_HW3: Pixels) -> Any:
-        """Do what needs no order and no network, such as scaling; threads call it."""
+    def read(self, image: SourceImage, root: str) -> Any:
+        """Read an image, whose relative path starts from a folder, and do what needs no order, such as scaling; threads call it."""
 
-    def shape(self, prepared: Any) -> Hashable:
+    def shape(self, read: Any) -> Hashable:
         """Return what images of one batch have in common."""
 
     def run(self, batch: list[Any]) -> Sequence[Any]:
@@ -116,6 +115,8 @@ class ImageWork(Protocol):
     def large(self) -> bool:
         """Whether images are too large for many to be in memory: each is run by itself, and few are read ahead."""
 
+
+Choose: TypeAlias = Callable[[Iterator[SourceImage], Counter[str]], Iterator[SourceImage]]
 
 OpenWork: TypeAlias = Callable[[int], ImageWork]
 """Opens the work in the process of that number, from 0; picklable where there are several workers."""
@@ -249,6 +250,7 @@ class Job:
         images: Number of images, each once.
         duplicates: How many were named again, and left out.
         left_out: Files that are not images, by kind.
+        counts: What `choose` of `open_job` counted.
         root: Absolute path that relative names of images start from.
         offsets: Where each part begins in the plan, in bytes.
         digest: Of what is computed from which plan: parts of another digest are not of this job.
@@ -260,6 +262,7 @@ class Job:
     images: int
     duplicates: int
     left_out: Counter[str]
+    counts: Counter[str]
     root: str
     offsets: Sequence[int]
     digest: str
@@ -300,6 +303,48 @@ class Job:
                         found[record.part] = record
         return found
 
+    def begun(
+        self, shard: Shard, *, retry_errors: bool = False
+    ) -> tuple[dict[int, PartRecord], list[int]]:
+        """Return what is finished of a shard, digests compared, and the parts that are to be computed.
+
+        Args:
+            shard: Which parts.
+            retry_errors: Whether parts with images that could not be read are computed again.
+        """
+        mine = range(shard.index, len(self.offsets), shard.count)
+        finished = self.finished()
+        records = {part: finished[part] for part in mine if part in finished}
+        for part, record in list(records.items()):
+            again = record.unreachable or (retry_errors and record.errors)
+            if not again:
+                with contextlib.suppress(OSError):
+                    if sha256(self.file(part)) == record.sha256:
+                        continue
+                logger.warning("%s is damaged: it is computed again", self.file(part))
+            del records[part]
+        return records, [part for part in mine if part not in records]
+
+    def summary(self, records: Mapping[int, PartRecord], *, before: int) -> JobSummary:
+        """Return what there is of a shard.
+
+        Args:
+            records: Its finished parts.
+            before: Images that were done when this process began.
+        """
+        values = records.values()
+        return JobSummary(
+            folder=self.folder,
+            images=sum(record.images for record in values),
+            objects=sum(record.objects for record in values),
+            errors=sum(record.errors for record in values),
+            unreachable=sum(record.unreachable for record in values),
+            changed=sum(record.changed for record in values),
+            failures=tuple(text for record in values for text in record.failures)[:_NAMED_FAILURES],
+            before=before,
+            unfinished=len(self.offsets) - len(self.finished().keys() | records.keys()),
+        )
+
 
 def open_job(
     folder: Path,
@@ -308,8 +353,12 @@ def open_job(
     identity: Mapping[str, Any],
     parts: PartFormat,
     part_images: int | None = None,
+    largest: int = LARGEST_PART,
     stdin: Path | None = None,
     overwrite: bool = False,
+    choose: Choose | None = None,
+    request: str = "",
+    hint: str = "give another folder with --output, or replace the job that is there: --overwrite",
     progress: Progress = SILENT,
 ) -> Job:
     """Continue the job of a folder, or plan one where there is none; of several processes that come at once one plans.
@@ -324,9 +373,14 @@ def open_job(
             of another identity is refused. ``settings`` of `InferenceConfig` that came after the job was planned count as its
             defaults.
         parts: How results are written.
-        part_images: Images in a part; None: `LARGEST_PART`, fewer in a job of less than 64 such parts.
+        part_images: Images in a part; None: ``largest``, fewer in a job of less than 64 such parts.
+        largest: Most images in a part.
         stdin: The list that came on stdin, where ``-`` is among the sources.
         overwrite: Plan one in any case; the job that is there is removed (`remove_job`) when the new one's images are found.
+        choose: Yields those of the images that the job is to do, and counts others; what it does at its end is done before the
+            plan counts. None: all.
+        request: What asks for the job, for `finished_job`; empty: that does not know it.
+        hint: What to do where the folder has another job.
         progress: Where planning is shown.
 
     Raises:
@@ -336,18 +390,10 @@ def open_job(
         RuntimeEnvironmentError: The folder cannot be written to.
     """
     root = os.getcwd()  # noqa: PTH109 what names are joined with
-    places = []
-    for source in sources:
-        listed = stdin if source == "-" else Path(source[1:]) if source.startswith("@") else None
-        if listed is not None and not os.path.lexists(source) and listed.is_file():
-            places.append(f"{source}: {sha256(listed)}")
-        else:
-            local = "://" not in source or os.path.lexists(source)
-            places.append(os.path.join(root, source) if local else source)  # noqa: PTH118
     stated = {
         "identity": json.loads(json.dumps(identity)),
         "results": parts.name,
-        "sources": places,
+        "sources": _places(sources, root, stdin),
     }
     path = folder / MANIFEST
     planned = False
@@ -355,17 +401,18 @@ def open_job(
     def build(_: Path) -> None:
         nonlocal planned
         planned = True
-        _plan(folder, sources, stated, root, part_images, stdin, overwrite, progress)
+        asked = {**stated, "request": request, "root": root}
+        step = part_images or min(_SMALLEST_PART, largest)
+        _plan(
+            folder, sources, asked, step, part_images or largest, stdin, overwrite, choose, progress
+        )
 
     if overwrite:
         with Lock(path.with_name(f"{path.name}.lock")):  # that of build_once
             build(path)
     else:
         build_once(path, build)
-    hint = "give another folder with --output, or replace the job that is there: --overwrite"
-    content = read_json(path, what="job", hint=hint, error=DataError)
-    if content.get("format") != _FORMAT:
-        raise DataError(f"{path} is not a job of this version of proxydet", hint=hint, path=path)
+    content = _manifest(folder, hint)
     there: dict[str, Any] = {name: content.get(name) for name in stated}
     settings, mine = (
         place["identity"].get("settings") if isinstance(place["identity"], dict) else None
@@ -392,20 +439,99 @@ def open_job(
     with read_errors(plan, hint=f"put it back; or {hint}", error=DataError):
         if not planned and sha256(plan) != content["plan_sha256"]:
             raise ValueError("the plan changed after the job started")
-    named = {
-        name: content[name] for name in ("identity", "results", "root", "offsets", "plan_sha256")
-    }
-    return Job(
-        folder=folder,
-        parts=parts,
-        images=content["images"],
-        duplicates=content["duplicates"],
-        left_out=Counter(content["left_out"]),
-        root=content["root"],
-        offsets=content["offsets"],
-        digest=hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
-        planned=planned,
-    )
+    return dataclasses.replace(load_job(folder, parts), planned=planned)
+
+
+def _places(sources: Sequence[str], root: str, stdin: Path | None) -> list[str]:
+    """Return sources as a manifest has them: absolute, lists with their digests."""
+    places = []
+    for source in sources:
+        listed = stdin if source == "-" else Path(source[1:]) if source.startswith("@") else None
+        if listed is not None and not os.path.lexists(source) and listed.is_file():
+            places.append(f"{source}: {sha256(listed)}")
+        else:
+            local = "://" not in source or os.path.lexists(source)
+            places.append(os.path.join(root, source) if local else source)  # noqa: PTH118
+    return places
+
+
+def _manifest(folder: Path, hint: str) -> dict[str, Any]:
+    path = folder / MANIFEST
+    content = read_json(path, what="job", hint=hint, error=DataError)
+    if content.get("format") != _FORMAT:
+        raise DataError(f"{path} is not a job of this version of proxydet", hint=hint, path=path)
+    return content
+
+
+def load_job(folder: Path, parts: PartFormat) -> Job:
+    """Return the job of a folder, as it was planned.
+
+    Args:
+        folder: Of the job.
+        parts: How results are written.
+
+    Raises:
+        DataError: There is none, or its manifest is damaged.
+    """
+    content = _manifest(folder, "put it back")
+    names = ("identity", "results", "root", "offsets", "plan_sha256")
+    try:
+        named = {name: content[name] for name in names}
+        return Job(
+            folder=folder,
+            parts=parts,
+            images=content["images"],
+            duplicates=content["duplicates"],
+            left_out=Counter(content["left_out"]),
+            counts=Counter(content.get("counts")),
+            root=content["root"],
+            offsets=content["offsets"],
+            digest=hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{folder / MANIFEST} is damaged: {type(error).__name__}: {error}",
+            hint="put it back",
+            path=folder / MANIFEST,
+        ) from error
+
+
+def finished_job(
+    folder: Path,
+    sources: Sequence[str],
+    *,
+    request: str,
+    parts: PartFormat,
+    shard: Shard,
+    retry_errors: bool = False,
+) -> tuple[Job, JobSummary] | None:
+    """Return a job, and what there is of a shard, where the same request made it and nothing is to be computed; else None.
+
+    Nothing has to be opened for it that computes.
+
+    Args:
+        folder: Of the job.
+        sources: As for `open_job`; with a list on stdin it is not looked for.
+        request: As of `open_job`.
+        parts: How results are written.
+        shard: Which parts.
+        retry_errors: As of `run_job`.
+    """
+    try:
+        content = _manifest(folder, "")
+        places = None if "-" in sources else _places(sources, os.getcwd(), None)  # noqa: PTH109
+        same = content.get("results") == parts.name and content.get("sources") == places
+        if not (request and content.get("request") == request and same):
+            return None
+        job = load_job(folder, parts)
+        if sha256(folder / "images.jsonl") != content["plan_sha256"]:
+            return None
+        records, todo = job.begun(shard, retry_errors=retry_errors)
+    except (DataError, OSError, KeyError):
+        return None
+    if todo:
+        return None
+    return job, job.summary(records, before=sum(record.images for record in records.values()))
 
 
 def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -420,14 +546,15 @@ def _plan(
     folder: Path,
     sources: Sequence[str],
     stated: Mapping[str, Any],
-    root: str,
-    part_images: int | None,
+    step: int,
+    largest: int,
     stdin: Path | None,
     overwrite: bool,
+    choose: Choose | None,
     progress: Progress,
 ) -> None:
     if overwrite:
-        _require_idle(folder)
+        require_idle(folder)
     elif (strays := next(_files(folder), None)) is not None:
         raise ConfigError(
             f"{strays} belongs to a job whose {MANIFEST} is missing",
@@ -435,15 +562,21 @@ def _plan(
             path=folder,
         )
     left_out: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     images = duplicates = size = place = 0
-    step = part_images or _SMALLEST_PART
     starts = array("q")
     target = folder / "images.jsonl"
     digest = hashlib.sha256()
 
-    def found() -> Iterator[SourceImage]:
+    def found(is_new: Callable[[str], bool]) -> Iterator[SourceImage]:
+        nonlocal duplicates
         try:
-            yield from stream_images(sources, left_out, stdin=stdin)
+            for image in stream_images(sources, left_out, stdin=stdin):
+                task.advance()
+                if is_new(image.name):
+                    yield image
+                else:
+                    duplicates += 1
         except OSError as error:
             raise RuntimeEnvironmentError(
                 f"the images cannot be listed: {error}",
@@ -452,39 +585,35 @@ def _plan(
 
     with (
         progress.task("finding images", unit="images") as task,
-        _first_seen(folder, root) as is_new,
+        _first_seen(folder, stated["root"]) as is_new,
         staged(target) as temporary,
         write_errors(target),
         temporary.open("wb") as file,
     ):
-        for image in found():
-            task.advance()
-            if not is_new(image.name):
-                duplicates += 1
-                continue
+        for image in found(is_new) if choose is None else choose(found(is_new), counts):
             if images % step == 0:
                 starts.append(place)
             line = json.dumps(image).encode() + b"\n"
             file.write(line)
             digest.update(line)
             images, size, place = images + 1, size + (image.size or 0), place + len(line)
-        if images == 0:
+        if images == 0 and not counts:
             raise DataError("no images were found", hint="name files, folders or patterns")
         if overwrite:
             remove_job(folder)
     # Some dozens of parts at least, and of no more than so many images.
-    steps = 1 if part_images else max(1, min(LARGEST_PART, -(-images // 64)) // step)
+    steps = max(1, min(largest, -(-images // 64)) // step)
     write_json(
         folder / MANIFEST,
         {
             "format": _FORMAT,
             "proxydet": __version__,
             **stated,
-            "root": root,
             "images": images,
             "bytes": size,
             "duplicates": duplicates,
             "left_out": dict(left_out),
+            "counts": dict(counts),
             "part_images": step * steps,
             "plan_sha256": digest.hexdigest(),
             "offsets": starts[::steps].tolist(),
@@ -529,7 +658,7 @@ def remove_job(folder: Path) -> None:
         LockedError: A process runs a shard of it.
         RuntimeEnvironmentError: A file cannot be removed.
     """
-    _require_idle(folder)
+    require_idle(folder)
     with write_errors(folder / MANIFEST):
         (folder / MANIFEST).unlink(missing_ok=True)  # first: without it nothing else counts
         for path in [*_files(folder), *(folder / "shards").glob("*-of-*")]:
@@ -543,7 +672,12 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from folder.glob(pattern)
 
 
-def _require_idle(folder: Path) -> None:
+def require_idle(folder: Path) -> None:
+    """Make sure that no process runs a shard of the job of a folder.
+
+    Raises:
+        LockedError: One does.
+    """
     for lock in (folder / "shards").glob("*.lock"):
         Lock(lock, subject=f"the job in {folder}").require_free()
 
@@ -605,6 +739,7 @@ def run_job(
     shard: Shard | None = None,
     engine: str = "processes",
     retry_errors: bool = False,
+    task: str = "predicting",
     progress: Progress = SILENT,
 ) -> JobSummary:
     """Compute the parts of a shard that are not finished.
@@ -616,6 +751,7 @@ def run_job(
         shard: Which parts; None: all.
         engine: ``processes`` of this machine, or actors of ``ray``.
         retry_errors: Compute parts again that have images which could not be read.
+        task: What progress calls it.
         progress: Where progress is shown.
 
     Raises:
@@ -630,12 +766,7 @@ def run_job(
     for name, value in (("batch size", options.batch_size), ("number of workers", options.workers)):
         if value < 1:
             raise ConfigError(f"the {name} is {value}; it must be at least 1")
-    name = f"{shard.index}-of-{shard.count}"
-    lock = Lock(
-        job.folder / "shards" / f"{name}.lock",
-        subject=f"shard {shard} of the job in {job.folder}",
-        hint="wait for it to end, or run another shard",
-    )
+    lock = _shard_lock(job.folder, shard)
     lock.acquire(wait=False)
     try:
         for other in (job.folder / "shards").glob("*-of-*.lock"):
@@ -646,29 +777,20 @@ def run_job(
                     subject=f"the job in {job.folder}, cut into {count} shards,",
                     hint=f"wait for it to end, or run one of its shards: --shard 1/{count}",
                 ).require_free()
-        finished = job.finished()
-        mine = range(shard.index, len(job.offsets), shard.count)
-        records = {part: finished[part] for part in mine if part in finished}
-        for part, record in list(records.items()):
-            if record.unreachable or (retry_errors and record.errors):
-                del records[part]
-            elif not _is_whole(job.file(part), record):
-                logger.warning("%s is damaged: it is computed again", job.file(part))
-                del records[part], finished[part]
+        records, todo = job.begun(shard, retry_errors=retry_errors)
         before = sum(record.images for record in records.values())
-        todo = [part for part in mine if part not in records]
         size = len(job.plan(0)) if job.offsets else 0
-        total = min(len(mine) * size, job.images)
-        ledger = JsonLines(job.folder / "finished" / f"{name}.jsonl")
+        total = min(len(range(shard.index, len(job.offsets), shard.count)) * size, job.images)
+        ledger = JsonLines(job.folder / "finished" / f"{lock.path.stem}.jsonl")
         with (
-            progress.task("predicting", total=total, unit="images", done=before) as task,
+            progress.task(task, total=total, unit="images", done=before) as shown,
             _stopped_by_sigterm() as stopped,
         ):
             started = {"ray": _on_ray, "processes": _in_processes}[engine]
             if engine == "processes" and min(options.workers, len(todo)) <= 1:
                 started = _in_this_process
             try:
-                with closing(started(job, todo, open_work, options, task.advance)) as results:
+                with closing(started(job, todo, open_work, options, shown.advance)) as results:
                     for record in results:
                         lock.check()
                         ledger.append(msgspec.to_builtins(record))
@@ -683,25 +805,24 @@ def run_job(
                 ) from error
     finally:
         lock.release()
-    values = records.values()
-    return JobSummary(
-        folder=job.folder,
-        images=sum(record.images for record in values),
-        objects=sum(record.objects for record in values),
-        errors=sum(record.errors for record in values),
-        unreachable=sum(record.unreachable for record in values),
-        changed=sum(record.changed for record in values),
-        failures=tuple(text for record in values for text in record.failures)[:_NAMED_FAILURES],
-        before=before,
-        unfinished=len(job.offsets) - len(finished.keys() | records.keys()),
+    return job.summary(records, before=before)
+
+
+def _shard_lock(folder: Path, shard: Shard) -> Lock:
+    return Lock(
+        folder / "shards" / f"{shard.index}-of-{shard.count}.lock",
+        subject=f"shard {shard} of the job in {folder}",
+        hint="wait for it to end, or run another shard",
     )
 
 
-def _is_whole(path: Path, record: PartRecord) -> bool:
-    try:
-        return sha256(path) == record.sha256
-    except OSError:
-        return False
+def require_free(folder: Path, shard: Shard) -> None:
+    """Make sure that no other process runs a shard, where there is a job.
+
+    Raises:
+        LockedError: One does.
+    """
+    _shard_lock(folder, shard).require_free()
 
 
 def _check_errors(records: Iterable[PartRecord], most: int | None) -> None:
@@ -759,8 +880,7 @@ def run_part(
     unreachable = changed = 0
 
     def read(image: SourceImage) -> tuple[bool, Any]:
-        other = image.changed(job.root)
-        return other, work.prepare(image.read(job.root))
+        return image.changed(job.root), work.read(image, job.root)
 
     def rows() -> Iterator[Row]:
         nonlocal unreachable, changed
@@ -785,7 +905,7 @@ def run_part(
     running = run_images(
         images,
         read,
-        lambda batch: work.run([prepared for _, prepared in batch]),
+        lambda batch: work.run([own for _, own in batch]),
         batch_size=1 if work.large else options.batch_size,
         shape=None if work.large else lambda made: work.shape(made[1]),
         readers=_STORE_READERS if remote and not work.large else READERS,

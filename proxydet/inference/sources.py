@@ -110,11 +110,9 @@ class SourceImage(NamedTuple):
         """Whether a file is not the one that was found: its size or time differs; False where that is not known."""
         if not (self.is_file and self.stamp):
             return False
-        try:
-            now = os.stat(os.path.join(root, self.name))  # noqa: PTH116, PTH118 of millions of images
-        except OSError:
-            return False  # reading it says why
-        return (now.st_size, str(now.st_mtime_ns)) != (self.size, self.stamp)
+        now = file_state(os.path.join(root, self.name))  # noqa: PTH118 of millions of images
+        # Of one that is not there reading says why.
+        return now is not None and (now[0], str(now[1])) != (self.size, self.stamp)
 
     def encoded(self, root: str = "") -> bytes | Path:
         """Return what `read_image` takes: the file, or the bytes of what is in a tar or a store.
@@ -164,15 +162,29 @@ class SourceImage(NamedTuple):
             f"{self.name} is larger than {size_text(LARGEST_IMAGE)}", hint="give it as a file"
         )
 
-    def read(self, root: str = "") -> Pixels:
-        """Decode the image; arguments and errors as of `encoded` and `proxydet.data.images.read_image`."""
+    def decoded(self, root: str = "") -> tuple[bytes | Path, Pixels]:
+        """Return what `encoded` returns, and the image; errors as of it and of `proxydet.data.images.read_image`."""
         try:
-            return read_image(self.encoded(root), name=self.name)
+            encoded = self.encoded(root)
+            return encoded, read_image(encoded, name=self.name)
         except DataError as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno in _OUTAGE:
                 raise UnreachableError(error.message, hint=error.hint, path=error.path) from cause
             raise
+
+    def read(self, root: str = "") -> Pixels:
+        """Decode the image, as `decoded` does."""
+        return self.decoded(root)[1]
+
+
+def file_state(path: str | Path) -> tuple[int, int] | None:
+    """Return the bytes of a file and when it was last changed, in nanoseconds; None: there is none."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -193,6 +205,14 @@ class ImageFile:
     def read(self) -> Pixels:
         """Decode the image; errors as of `SourceImage.read`."""
         return read_image(self.path) if self.source is None else self.source.read()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreadable:
+    """An image that could not be read."""
+
+    file: Path | str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,7 @@ class RequestError(ProxydetError):
 
 _STATUSES: tuple[tuple[type[ProxydetError], int, str], ...] = (
     (VocabularyError, 400, "words"),
-    (DataError, 400, "picture"),
+    (DataError, 400, "image"),
     (ConfigError, 400, "parameter"),
     (RuntimeEnvironmentError, 500, "environment"),
     (ProxydetError, 500, "model"),
@@ -204,6 +204,10 @@ class PredictParams:
     """One label a box: of overlapping detections of any classes only the best."""
     limit: int = 100
     """Of a search: at most this many images, the best."""
+    like: int | None = None
+    """Of a search: the id of an image, to look for what is in ``box`` of it instead of class names."""
+    box: tuple[float, ...] | None = None
+    """xyxy in pixels of that image."""
 
 
 def read_params(
@@ -382,6 +386,16 @@ def read_boxes(pairs: Iterable[tuple[str, str]]) -> list[list[float]]:
     return boxes
 
 
+def _image_id(key: str, text: str) -> int:
+    if not (text.isdecimal() and len(text) < 10):
+        raise _bad_parameter(f"{key} is {text[:40]!r}; it must be the id of an image", "e.g. 3")
+    return int(text)
+
+
+def _box(_key: str, text: str) -> tuple[float, ...]:
+    return tuple(read_boxes([("boxes", f"[{text}]")])[0])
+
+
 _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "score_threshold": _fraction,
     "top": _count,
@@ -390,7 +404,12 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "classes": _classes,
     "exemplars": _parse_exemplars,
 }
-_SEARCH_PARSERS = {**_PARSERS, "limit": _count}
+_SEARCH_PARSERS = {
+    **_PARSERS,
+    "limit": _count,
+    "like": _image_id,
+    "box": _box,
+}
 del _SEARCH_PARSERS["masks"], _SEARCH_PARSERS["exemplars"]
 
 
@@ -430,7 +449,7 @@ def opened_image(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(
             413,
-            "picture-size",
+            "image-size",
             f"the image has far more pixels than the limit of {max_pixels / 1e6:g} million",
             hint=smaller,
         ) from error
@@ -438,7 +457,7 @@ def opened_image(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise RequestError(
             415,
-            "picture-type",
+            "image-type",
             "unsupported image format",
             hint=f"send one of {', '.join(accepted_formats())}",
         ) from error
@@ -446,7 +465,7 @@ def opened_image(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
         if image.width * image.height > max_pixels:
             raise RequestError(
                 413,
-                "picture-size",
+                "image-size",
                 f"the image has {image.width} x {image.height} pixels; the limit is {max_pixels / 1e6:g} million",
                 hint=smaller,
             )
@@ -536,7 +555,7 @@ async def read_upload(
     if not is_form and not is_image:
         raise RequestError(
             415,
-            "picture-type",
+            "image-type",
             f"unsupported content type {media_type[:80] or '(none)'!r}: expected an image or a form with an image",
             hint="curl: -F picture=@photo.jpg, or --data-binary @photo.jpg -H 'Content-Type: image/jpeg'",
         )
@@ -1235,6 +1254,12 @@ class ServingApp:
             raise _bad_parameter(
                 f"limit is {params.limit}; at most {_MOST_IMAGES}", "ask for fewer"
             )
+        if (params.like is None) != (params.box is None):
+            raise _bad_parameter("like and box go together", "e.g. like=3&box=[10,20,110,90]")
+        if params.like is not None and (params.words or params.background):
+            raise _bad_parameter(
+                "like cannot be combined with words, background or classes", "leave one out"
+            )
         async for _ in request.stream():  # what a search has no use for
             pass
         return await self._computed(request, partial(self._find, params))
@@ -1244,14 +1269,20 @@ class ServingApp:
 
         Returns:
             JSON: ``images`` (each with its ``id`` for ``/images/ID.jpg``, else as ``proxydet search --json`` gives them),
-            ``searched`` and ``seconds``.
+            ``searched`` and ``seconds``; with ``like``, the region that was looked for.
 
         Raises:
             ProxydetError: The class names cannot be used, or the index is damaged.
         """
         index = self._loaded.index
         assert index is not None
-        vocabulary = self.vocabulary_of(params)
+        like = None
+        if params.like is not None and params.box is not None:
+            try:
+                like = index.like(params.like, params.box)
+            except DataError as error:
+                raise RequestError(404, "region", error.message, hint=error.hint) from error
+        vocabulary = self.vocabulary_of(params) if like is None else like.vocabulary
         settings = index.settings(
             score_threshold=params.score_threshold,
             max_detections=params.top,
@@ -1263,6 +1294,7 @@ class ServingApp:
         except DataError as error:
             raise RequestError(500, "index", error.message, hint=error.hint) from error
         result = {
+            **({} if like is None else {"like": {"id": params.like, **like.to_dict()}}),
             "images": [{"id": hit.number, **hit.to_dict()} for hit in hits],
             "searched": {"images": len(index), "regions": index.stored.regions},
             "seconds": round(time.perf_counter() - began, 6),
@@ -1302,7 +1334,7 @@ class ServingApp:
             if height * width > self.settings.max_pixels:
                 raise RequestError(
                     413,
-                    "picture-size",
+                    "image-size",
                     f"the image has {width} x {height} pixels; the limit is {self.settings.max_pixels / 1e6:g} million",
                     hint="start the server with a larger --max-megapixels",
                 )
@@ -1456,9 +1488,13 @@ async def _on_http(request: Request, error: Exception) -> Response:
             error.status_code,
             "not-found" if missing else "malformed",
             "no such route" if missing else error.detail,
-            hint="routes: /, /api/health, /api/info, /api/predict, /api/embed; of an index /api/search",
+            hint=f"routes: {', '.join(_routes(request.app.routes))}",
         )
     return error_response(found, error.headers)
+
+
+def _routes(routes: Iterable[Any]) -> list[str]:
+    return [route.path for route in routes if route.path == "/" or route.path.startswith("/api/")]
 
 
 async def _on_bug(_request: Request, error: Exception) -> Response:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from proxydet.wording import counted, size_text
+from proxydet_cli.jobs import ShardOptions, list_on_stdin, report_plan, request_of
 from proxydet_cli.opening import (
     BatchSize,
     DetectorOptions,
@@ -22,23 +22,21 @@ from proxydet_cli.opening import (
 from proxydet_cli.options import IndexFolder, Json, Yes, command_app, examples, panel
 from proxydet_cli.output import Output
 
-if TYPE_CHECKING:
-    from proxydet.index.store import StoredIndex
-    from proxydet.inference.sources import SourceImage
-
 app = command_app(
     "Embed the regions of images once; search them by any class names with proxydet search.",
     default="add",
 )
 
 _output = panel("Output")
+# Images that cannot be read and are named.
+_NAMED = 20
 
 
 @app.command(
     epilog=examples(
         "proxydet index add photos/ -o photos.index",
         "proxydet index add photos/ -o photos.index --run runs/quickstart --compact",
-        "proxydet index photos/ more/ -o photos.index",
+        "proxydet index photos/ more/ -o photos.index --workers 4",
     )
 )
 def add(
@@ -46,7 +44,7 @@ def add(
         list[str],
         typer.Argument(
             metavar="IMAGE",
-            help="Files, folders of images, patterns in quotes ('photos/*.jpg'), tars, URLs of object stores, @FILE for a list.",
+            help="Files, folders of images, patterns in quotes ('photos/*.jpg'), tars, URLs of object stores, @FILE or - for a list.",
         ),
     ],
     output: Annotated[
@@ -78,14 +76,7 @@ def add(
     ] = None,
     batch_size: BatchSize = 4,
     precision: PrecisionOption = None,
-    shard: Annotated[
-        str | None,
-        _output(
-            "--shard",
-            metavar="I/N",
-            help="Index only each N-th image, from the I-th (0 to N - 1) on, or auto in a cluster: give each machine its own -o, and merge.",
-        ),
-    ] = None,
+    shards: ShardOptions,
     yes: Yes = False,
     json: Json = False,
 ) -> None:
@@ -95,53 +86,76 @@ def add(
     image is embedded again, and one that was moved keeps its regions. An image that cannot be read is reported and left out;
     the exit code is then 3.
     """
+    import msgspec
+
     from proxydet.errors import DataError
-    from proxydet.index.store import COMPACT_REGIONS
-    from proxydet.inference.sharded import Shard
-    from proxydet.inference.sources import describe_left_out, stream_images
+    from proxydet.index.build import OpenIndexing, open_addition, open_index, run_addition
+    from proxydet.index.store import ADDING, COMPACT_REGIONS, StoredIndex, check_place
+    from proxydet.inference.sources import stream_images
     from proxydet_cli.progress import show_progress
 
     if regions is not None and not compact:
         raise typer.BadParameter("--regions requires --compact")
     named = model.find()
-    left_out: Counter[str] = Counter()
-    images: Iterator[SourceImage] = stream_images(sources, left_out)
-    # Mistakes in the first source before the model is opened.
-    if (first := next(images, None)) is None:
-        raise DataError(
-            "no images found in the given sources",
-            hint="name files, folders, patterns or lists that are not empty",
-        )
-    images = itertools.chain([first], images)
-    if shard is not None:
-        part = Shard.parse(shard)
-        images = itertools.islice(images, part.index, None, part.count)
-    out = Output(json=json)
-    opened = open_detector(named, device=model.device, yes=yes)
-    from proxydet.index.build import index_files, open_writer
-
-    detector = InferenceOptions(precision=precision).apply(opened)
     most_regions = (regions or COMPACT_REGIONS) if compact else None
-    with open_writer(detector, output, most_regions=most_regions) as writer:
-        done = index_files(
-            detector,
-            images,
-            writer,
-            batch_size=batch_size,
-            progress=show_progress(),
-        )
-    if left_out:
-        out.message(f"left out: {describe_left_out(left_out)}")
+    stored = StoredIndex(output) if check_place(output) else None
+    if stored is not None:
+        mode = msgspec.structs.replace(stored.detector, most_regions=most_regions)
+        stored.detector.require_equal(mode, output)
+        stored.require_whole()
+    shard = shards.check(output / ADDING, sources)
+    request = request_of(named, model, precision, most_regions)
+    out, progress = Output(json=json), show_progress()
+    work = None
+    if stored is None or not request or stored.request != request:
+        # Mistakes in the first source before the model is opened.
+        if "-" not in sources and next(stream_images(sources, Counter()), None) is None:
+            raise DataError(
+                "no images found in the given sources",
+                hint="name files, folders, patterns or lists that are not empty",
+            )
+        shards.load()
+        opened = open_detector(named, device=model.device, yes=yes)
+        detector = InferenceOptions(precision=precision).apply(opened)
+        work = open_index(detector, output, most_regions=most_regions, request=request)
+    with list_on_stdin(sources) as stdin:
+        job = open_addition(output, sources, shard=shard, stdin=stdin, progress=progress)
+    report_plan(out, job)
+    if job.images:
+        shards.load()
+    opening = OpenIndexing(
+        named=named,
+        **shards.spread(model.device),
+        precision=None if precision is None else precision.value,
+        path=output.absolute(),
+    )
+    done = run_addition(
+        output,
+        job,
+        (lambda _: work) if shards.here and work is not None else opening,
+        options=shards.options(batch_size),
+        shard=shard,
+        engine=shards.engine.value,
+        progress=progress,
+    )
     out.data(
-        {"index": output, **vars(done), "left_out": dict(left_out)},
+        {"index": output, **vars(done), "left_out": dict(job.left_out)},
         f"{output}: {done.images} images; {done.added} embedded, {done.unchanged} unchanged"
         + (f", {done.copied} known under another path" if done.copied else ""),
     )
+    if done.unfinished:
+        out.message(
+            f"{counted(done.unfinished, 'part')} of other shards not finished yet; the index gets all of them when the last one is"
+        )
+    for entry in done.unreadable[:_NAMED]:
+        out.warning(f"{entry.file}: {entry.reason}")
     if done.unreadable:
         total = done.added + done.copied + done.unchanged + len(done.unreadable)
         raise DataError(
             f"{len(done.unreadable)} of {total} images could not be read; the rest is indexed",
-            hint="see the warnings above",
+            hint="see the warnings above; --json lists all"
+            if len(done.unreadable) > _NAMED
+            else "see the warnings above",
         )
 
 
@@ -153,16 +167,16 @@ def add(
 )
 def info(index: IndexFolder, json: Json = False) -> None:
     """Show what is in an index: images, regions, bytes, and the detector that made it."""
-    from proxydet.index.store import StoredIndex
+    from proxydet.errors import DataError
+    from proxydet.index.build import IndexParts
+    from proxydet.index.store import ADDING, StoredIndex
+    from proxydet.inference.sharded import MANIFEST, load_job
 
-    Output(json=json).data(_described(StoredIndex(index)))
-
-
-def _described(stored: StoredIndex) -> dict[str, object]:
+    stored = StoredIndex(index)
     detector = stored.detector
     images = stored.images
     compact = detector.most_regions
-    return {
+    described = {
         "index": stored.path,
         "mode": "exact" if compact is None else f"compact, {compact} regions an image",
         "images": images,
@@ -175,6 +189,13 @@ def _described(stored: StoredIndex) -> dict[str, object]:
         "image sides": f"{detector.sides[0]}, at most {detector.sides[1]}",
         "precision": detector.inference.precision,
     }
+    if (index / ADDING / MANIFEST).exists():
+        with contextlib.suppress(DataError):
+            job = load_job(index / ADDING, IndexParts(detector))
+            finished = sum(record.images for record in job.finished().values())
+            described["being added"] = f"{finished} of {job.images} images are finished"
+    Output(json=json).data(described)
+    stored.require_whole()
 
 
 @app.command(
@@ -204,7 +225,7 @@ def verify(
     if wrong:
         raise DataError(
             f"{counted(len(wrong), 'problem')} in {index}",
-            hint="index the images of damaged parts again, or restore the files",
+            hint=f"restore the files; or proxydet index remove {index} --damaged, and index their images again",
             path=index,
         )
 
@@ -224,29 +245,38 @@ def remove(
     missing: Annotated[
         bool, typer.Option("--missing", help="Remove images whose files are not there any more.")
     ] = False,
+    damaged: Annotated[
+        bool,
+        typer.Option(
+            "--damaged",
+            help="Remove the images of damaged parts (proxydet index verify), so that they can be indexed again.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Remove images from an index; image files are left alone."""
     from proxydet.errors import DataError
-    from proxydet.index.store import IndexWriter, StoredIndex, is_gone
+    from proxydet.index.store import IndexWriter, is_gone
 
-    if not images and not missing:
-        raise typer.BadParameter("name images or folders, or give --missing")
+    if not images and not missing and not damaged:
+        raise typer.BadParameter("name images or folders, or give --missing or --damaged")
     places = [os.path.abspath(image) for image in images or ()]  # noqa: PTH100 links stay
     with IndexWriter(index) as writer:
+        removed = writer.remove_damaged() if damaged else 0
         chosen = [
-            path
-            for path in (part.path_of(row) for part, row in StoredIndex(index).rows())
+            (part, row)
+            for part, row in (writer.index.rows() if places or missing else ())
+            for path in [part.path_of(row)]
             if any(path == place or path.startswith(place + os.sep) for place in places)
             or (missing and is_gone(path))
         ]
-        if not chosen and not missing:
+        if places and not chosen and not missing:
             raise DataError(
                 f"none of these images is in {index}",
                 hint="images are named by the paths that proxydet search shows",
                 path=index,
             )
-        removed = writer.remove(chosen)
+        removed += sum(writer.drop(part, row) for part, row in chosen)
         left = writer.images
     value = {"index": index, "removed": removed, "images": left}
     Output(json=json).data(value, f"{index}: {removed} images removed, {left} left")
@@ -310,8 +340,12 @@ def merge(
 )
 def approximate(index: IndexFolder, json: Json = False) -> None:
     """Build what proxydet search --approximate needs, for many millions of regions; it serves until images are added or removed."""
-    from proxydet.index.search import RegionIndex
+    from proxydet.index.store import StoredIndex, require_faiss
     from proxydet_cli.progress import show_progress
+
+    require_faiss()
+    StoredIndex(index).require_whole()
+    from proxydet.index.search import RegionIndex
 
     file = RegionIndex(index).build_approximate(show_progress())
     size = file.stat().st_size

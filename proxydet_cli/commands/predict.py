@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxydet.wording import counted
-from proxydet_cli.jobs import Engine, JobOptions
+from proxydet_cli.jobs import JobOptions, request_of
 from proxydet_cli.opening import (
     BaseAbove,
     BatchSize,
@@ -167,6 +167,7 @@ def predict(
         choose_folder,
         make_writers,
         output_files,
+        part_format,
         reserved_names,
     )
     from proxydet_cli.progress import show_progress
@@ -187,7 +188,17 @@ def predict(
                 f"--track follows objects in videos, --save {kind} is of images"
             )
         folder = output or Path("predictions")
-        shard = job.check(folder, sources, overwrite=overwrite, module="proxydet.inference.rows")
+        shard = job.check(folder, sources, overwrite=overwrite)
+        request = request_of(
+            named,
+            *(model, classes, inference, score_threshold, top, one_label, masks, base_above),
+            job.part_size,
+        )
+        parts = part_format(kind)
+        asked = {"request": request, "parts": parts, "shard": shard}
+        if not overwrite and job.report_finished(out, folder, sources, **asked):
+            return
+        job.load()
     else:
         sources, listed = _with_stdin(sources)
         named_images, named_videos = split_sources(sources)
@@ -225,26 +236,21 @@ def predict(
     vocabulary = classes.open(detector, base_above=base_above, yes=yes)
     settings = detector.settings(score_threshold=score_threshold, max_detections=top)
     if kind is not None:
-        from proxydet.inference.rows import DetectionWork, OpenDetection, part_format
+        from proxydet.inference.rows import DetectionWork, OpenDetection
 
         work = DetectionWork(detector=detector, vocabulary=vocabulary, settings=settings)
+        opening = OpenDetection(
+            named=named, **job.spread(model.device), vocabulary=vocabulary, settings=settings
+        )
         job.run(
             out,
             folder,
             sources,
-            work=work,
-            elsewhere=OpenDetection(
-                named=named,
-                device="cuda:0" if job.gpus else model.device,
-                gpus=job.gpus if job.gpus and job.engine is Engine.processes else 0,
-                vocabulary=vocabulary,
-                settings=settings,
-            ),
+            open_work=(lambda _: work) if job.here else opening,
             identity=work.identity,
-            parts=part_format(kind),
-            shard=shard,
             overwrite=overwrite,
             batch_size=batch_size,
+            **asked,
         )
         return
 

@@ -43,6 +43,7 @@ _evaluation = panel("Evaluation")
         "proxydet search photos.index -v 'cup, plate' -o found.html",
         "proxydet search photos.index -v mugs.vocab --score-threshold 0.5 --json",
         "proxydet search photos.index --vocabulary lvis --limit 1000 -o found.csv",
+        "proxydet search photos.index --like photos/mug.jpg --box 40,25,120,90",
         "proxydet search photos.index --eval pets.toml",
     )
 )
@@ -51,6 +52,22 @@ def search(
     index: IndexFolder,
     classes: ClassOptions,
     *,
+    like: Annotated[
+        str | None,
+        panel("Classes")(
+            "--like",
+            metavar="IMAGE",
+            help="Instead of class names: find more like what is in --box of this image of the index.",
+        ),
+    ] = None,
+    box: Annotated[
+        str | None,
+        panel("Classes")(
+            "--box",
+            metavar="X,Y,W,H",
+            help="The box, for --like: left, top, width and height, in pixels of the image; of the stored regions the one that overlaps it most counts.",
+        ),
+    ] = None,
     score_threshold: Threshold = 0.3,
     limit: Annotated[int, detections("--limit", min=1, help="At most this many images.")] = 100,
     top: Top = 300,
@@ -92,8 +109,17 @@ def search(
     first.
     """
     from proxydet.errors import ConfigError
+    from proxydet.index.store import StoredIndex, read_words, require_faiss
+    from proxydet.vocabulary.sources import TrainedClasses
 
     classes.check()
+    if (like is None) != (box is None):
+        raise typer.BadParameter("--like IMAGE and --box X,Y,W,H go together")
+    if like is not None and (useless := given_options(context, ClassOptions, "data")):
+        raise typer.BadParameter(
+            f"--like looks for what is in the box: leave out {', '.join(useless)}"
+        )
+    region = None if box is None else _box_xyxy(box)
     if data is None:
         if given_options(context, "split"):
             raise typer.BadParameter("--split requires --eval")
@@ -115,16 +141,29 @@ def search(
             f"{output} must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}",
             hint="-o found.html is a page of thumbnails",
         )
+    out = Output(json=json)
+    stored = StoredIndex(index)
+    stored.require_whole()
+    if approximately:
+        require_faiss()
+        stored.require_tree()
+    words = TrainedClasses(*read_words(stored.path))
+    own = classes.classes is not None or classes.vocabulary is not None
+    wanted = None
+    if like is None and (data is None or own):
+        wanted = classes.open(words, base_above=base_above, yes=yes)
+    # Loads torch, for seconds: what can be refused was refused.
     from proxydet.index.search import RegionIndex
 
-    out = Output(json=json)
     opened = RegionIndex(index)
     if data is not None:
-        named = classes.classes is not None or classes.vocabulary is not None
-        chosen = classes.open(opened, yes=yes) if named else None
-        _evaluate(opened, data, split, chosen, classes.background, out)
+        _evaluate(opened, data, split, wanted, classes.background, out)
         return
-    wanted = classes.open(opened, base_above=base_above, yes=yes)
+    shown_like = {}
+    if like is not None and region is not None:
+        found_like = opened.like(like, region)
+        wanted, shown_like = found_like.vocabulary, {"like": found_like.to_dict()}
+    assert wanted is not None
     began = time.perf_counter()
     hits = opened.search(
         wanted,
@@ -138,12 +177,17 @@ def search(
     searched = f"{len(opened)} images, {opened.stored.regions} regions, {seconds:.3f} s"
     value = {
         "index": index,
+        **shown_like,
         "images": [hit.to_dict() for hit in hits],
         "searched": {"images": len(opened), "regions": opened.stored.regions},
         "seconds": round(seconds, 6),
     }
     if output is not None:
-        shown = ", ".join(wanted.reported[:5]) + (" ..." if len(wanted.reported) > 5 else "")
+        shown = (
+            f"like {like} {box}"
+            if like
+            else ", ".join(wanted.reported[:5]) + (" ..." if len(wanted.reported) > 5 else "")
+        )
         _write(output, hits, value, shown, searched)
     if json:
         out.data(value)
@@ -155,6 +199,18 @@ def search(
     out.message(f"{len(hits)} images{more}; searched {searched}")
     if output is not None:
         out.message(f"saved {output}")
+
+
+def _box_xyxy(text: str) -> tuple[float, float, float, float]:
+    try:
+        left, top, width, height = map(float, text.split(","))
+    except ValueError:
+        width = height = 0.0
+    if not (width > 0 and height > 0):
+        raise typer.BadParameter(
+            f"the box {text[:80]!r} is not four numbers: left, top, width and height in pixels"
+        )
+    return left, top, left + width, top + height
 
 
 def _write(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from proxydet.inference.sharded import Row, RunOptions, Shard, open_job, run_job
+from proxydet.inference.sources import SourceImage
 
 FATAL = 255
 """An image of this value alone kills the process that prepares it."""
@@ -37,14 +38,15 @@ class OpenMean:
     def __call__(self, number: int) -> OpenMean:
         return self
 
-    def prepare(self, pixels: Any) -> Any:
+    def read(self, image: SourceImage, root: str) -> Any:
+        pixels = image.read(root)
         if pixels.min() == FATAL and len([*Path(self.folder).iterdir()]) < self.lethal:
             Path(self.folder, str(os.getpid())).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return pixels
 
-    def shape(self, prepared: Any) -> Any:
-        return prepared.shape
+    def shape(self, read: Any) -> Any:
+        return read.shape
 
     def run(self, batch: list[Any]) -> list[float]:
         time.sleep(self.pause * len(batch))

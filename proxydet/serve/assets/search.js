@@ -1,15 +1,18 @@
 // The search page: class names go to the server, images and boxes come back; the slider filters what came.
 
-import { css, instanceColours } from "./colours.js";
+import { COLOURS, css, instanceColours } from "./colours.js";
 import { errorOf, save, showProblem } from "./common.js";
 
 const REQUEST_THRESHOLD = 0.1;
 const MOST_IMAGES = 1000;
 const AT_ONCE = 60;
+const MOST_LISTED = 40;
+// Pixels of the screen that a pointer moves at most in a click.
+const CLICK = 5;
 const SVG = "http://www.w3.org/2000/svg";
 
 const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
-const state = { result: null, shown: AT_ONCE, request: null };
+const state = { result: null, shown: AT_ONCE, request: null, like: null };
 
 connect();
 describe();
@@ -35,12 +38,13 @@ async function describe() {
 function connect() {
   at.form.addEventListener("submit", (event) => {
     event.preventDefault();
-    search();
+    searchWords();
   });
+  at["like-end"].addEventListener("click", searchWords);
   at.words.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
-      search();
+      searchWords();
     }
   });
   at["one-label"].addEventListener("change", () => state.result && search());
@@ -60,14 +64,27 @@ function connect() {
   });
 }
 
+function searchWords() {
+  state.like = null;
+  search();
+}
+
+/** Searches for what is in a box of an image of the index. */
+function searchLike(image, box) {
+  state.like = { image, box };
+  at.large.close();
+  search();
+}
+
 async function search() {
   state.request?.abort();
   const request = new AbortController();
   state.request = request;
   at.problem.hidden = true;
   at.search.disabled = true;
+  const { like } = state;
   const query = new URLSearchParams({
-    words: at.words.value.replace(/\s*\n\s*/g, ", "),
+    ...(like ? { like: like.image.id, box: JSON.stringify(like.box) } : { words: at.words.value.replace(/\s*\n\s*/g, ", ") }),
     score_threshold: REQUEST_THRESHOLD,
     one_label: at["one-label"].checked,
     limit: MOST_IMAGES,
@@ -86,11 +103,17 @@ async function search() {
     state.result = result;
     state.shown = AT_ONCE;
     at.results.hidden = false;
+    at.like.hidden = !like;
+    if (like) {
+      const region = { ...like.image, detections: [{ box_xyxy: result.like.box_xyxy, colour: COLOURS[0] }] };
+      at["like-region"].replaceChildren(framed(region, 360));
+      at["like-text"].textContent = `More like the region in ${nameOf(result.like)}`;
+    }
     show();
   } catch (error) {
     if (error.name === "AbortError" || state.request !== request) return;
     state.result = null;
-    at.results.hidden = at.more.hidden = true;
+    at.results.hidden = at.more.hidden = at.like.hidden = true;
     at.grid.replaceChildren();
     showProblem(at, error);
   } finally {
@@ -170,9 +193,63 @@ function framed({ id, file, width, height, detections }, size) {
 
 function open(image) {
   at["large-name"].textContent = image.file;
-  at["large-frame"].replaceChildren(framed(image, 1600));
-  at["large-list"].textContent = summaryOf(image, 40);
+  const frame = framed(image, 1600);
+  drawable(frame.lastChild, image);
+  at["large-frame"].replaceChildren(frame);
+  at["large-list"].replaceChildren(
+    ...image.detections.slice(0, MOST_LISTED).map((item) => {
+      const entry = document.createElement("li");
+      const button = textIn("button", `${item.label} ${item.score.toFixed(2)}`);
+      button.type = "button";
+      button.style.borderColor = css(item.colour);
+      button.addEventListener("click", () => searchLike(image, item.box_xyxy));
+      entry.append(button);
+      return entry;
+    }),
+  );
   at.large.showModal();
+}
+
+/** Lets a box be drawn in the boxes of a frame; one that is hardly moved is a click, on the smallest box there. */
+function drawable(boxes, image) {
+  boxes.classList.add("drawable");
+  let begun = null;
+  let drawn = null;
+  const place = (event) => {
+    const { x, y } = new DOMPoint(event.clientX, event.clientY).matrixTransform(boxes.getScreenCTM().inverse());
+    return [Math.max(0, Math.min(x, image.width)), Math.max(0, Math.min(y, image.height))];
+  };
+  const area = ([x0, y0, x1, y1]) => (x1 - x0) * (y1 - y0);
+  const boxTo = ([x, y]) => [Math.min(begun.at[0], x), Math.min(begun.at[1], y), Math.max(begun.at[0], x), Math.max(begun.at[1], y)];
+  const end = () => {
+    drawn?.remove();
+    begun = drawn = null;
+  };
+  boxes.addEventListener("pointerdown", (event) => {
+    begun = { at: place(event), screen: [event.clientX, event.clientY] };
+    boxes.setPointerCapture(event.pointerId);
+    event.preventDefault();
+  });
+  boxes.addEventListener("pointermove", (event) => {
+    if (!begun) return;
+    drawn ??= boxes.appendChild(document.createElementNS(SVG, "rect"));
+    const [x0, y0, x1, y1] = boxTo(place(event));
+    for (const [name, value] of Object.entries({ x: x0, y: y0, width: x1 - x0, height: y1 - y0, class: "drawn" })) drawn.setAttribute(name, value);
+  });
+  boxes.addEventListener("pointercancel", end);
+  boxes.addEventListener("pointerup", (event) => {
+    if (!begun) return;
+    const box = boxTo(place(event));
+    const moved = Math.hypot(event.clientX - begun.screen[0], event.clientY - begun.screen[1]);
+    const [x, y] = begun.at;
+    end();
+    if (moved >= CLICK && box[2] - box[0] >= 1 && box[3] - box[1] >= 1) {
+      searchLike(image, box);
+      return;
+    }
+    const hit = image.detections.map((item) => item.box_xyxy).filter(([x0, y0, x1, y1]) => x >= x0 && x <= x1 && y >= y0 && y <= y1);
+    if (hit.length) searchLike(image, hit.reduce((best, own) => (area(own) < area(best) ? own : best)));
+  });
 }
 
 function plain() {

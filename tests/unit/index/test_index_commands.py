@@ -30,7 +30,7 @@ def run(detector, monkeypatch, cli, tmp_path):
     return cli
 
 
-def test_from_photos_to_a_page(run, photos, detector, tmp_path):
+def test_from_photos_to_a_page(run, photos, detector, tmp_path, monkeypatch):
     own = shutil.copytree(photos, tmp_path / "photos")
     (own / "broken.jpg").write_bytes(b"no image")
     ended = run("index", "photos", "-o", "photos.index", "--json")
@@ -39,11 +39,15 @@ def test_from_photos_to_a_page(run, photos, detector, tmp_path):
     (own / "broken.jpg").unlink()
     again = run("index", "add", "photos", "-o", "photos.index")
     assert (again.code, again.out) == (0, "photos.index: 4 images; 0 embedded, 4 unchanged\n")
+    with monkeypatch.context() as finished:  # the same command again opens no detector
+        finished.setattr("proxydet.detector.open_named", lambda *_, **__: pytest.fail("opened"))
+        assert run("index", "photos", "-o", "photos.index").out == again.out
 
     words = ("search", "photos.index", "-v", "red square, blue star", "--score-threshold", "0.2")
     (own / "p3.png").unlink()
     found = run(*words, "--json", "-o", "found.html")
     assert found.code == 0
+    first = found.data["images"][0]["file"]
     for image in found.data["images"]:
         if (path := Path(image.pop("file"))).exists():
             wanted = detector.predict(path, ["red square", "blue star"], score_threshold=0.2)
@@ -63,6 +67,16 @@ def test_from_photos_to_a_page(run, photos, detector, tmp_path):
     assert listed.out.startswith(str(own))
     assert run(*words, "-o", "found.docx").code == 3
 
+    best = found.data["images"][0]["detections"][0]["box_xyxy"]
+    box = ",".join(map(str, (best[0], best[1], best[2] - best[0], best[3] - best[1])))
+    like = ("search", "photos.index", "--like", first, "--box", box, "--score-threshold", "0.1")
+    more = run(*like, "--json", "-o", "like.csv").data
+    assert (more["like"]["file"], more["like"]["iou"] > 0.95) == (first, True)
+    assert more["images"]
+    assert Path("like.csv").read_text().count("\n") > 1
+    assert run(*like, "-v", "red square").code == 2
+    assert run("search", "photos.index", "--like", "absent.png", "--box", box).code == 3
+
     info = run("index", "info", "photos.index", "--json").data
     assert (info["images"], info["mode"]) == (4, "exact")
     assert run("index", "verify", "photos.index").out == "sound\n"
@@ -74,11 +88,13 @@ def test_from_photos_to_a_page(run, photos, detector, tmp_path):
 
     assert run("index", "photos", "-o", "small.index", "--compact").code == 0
     assert run("index", "merge", "photos.index", "small.index", "-o", "all.index").code == 3
-    for shard in ("0/2", "1/2"):
-        half = run("index", "photos", "-o", f"half{shard[0]}", "--shard", shard, "--json")
-        assert half.data["added"] in (1, 2)
-    halves = run("index", "merge", "half0", "half1", "-o", "halves.index", "--json")
-    assert halves.data["images"] == 3
+    monkeypatch.setattr("proxydet.index.build.LARGEST_PART", 1)
+    shards = [
+        run("index", "photos", "-o", "shared.index", "--shard", shard, "--json").data
+        for shard in ("0/2", "1/2")
+    ]
+    assert sorted(half["added"] for half in shards) == [1, 2]
+    assert [half["images"] for half in shards] == [0, 3]
     merged = run("index", "merge", "photos.index", "-o", "all.index", "--json")
     assert (merged.data["added"], merged.data["images"]) == (2, 2)
 
@@ -94,6 +110,9 @@ def test_what_makes_no_sense_is_refused(run):
         ("search", "x.index", "--eval", "pets", "-o", "found.html"),
         ("search", "x.index", "--eval", "pets", "--limit", "100", "--all-labels"),
         ("search", "x.index", "--split", "val"),
+        ("search", "x.index", "--like", "a.jpg"),
+        ("search", "x.index", "--like", "a.jpg", "--box", "1,2,3"),
+        ("index", "inf", "x.index"),
     ):
         assert run(*words).code == 2, words
     Path("empty.txt").write_text("\n")

@@ -13,13 +13,13 @@ import pytest
 from region_indexes import made, paths
 
 from proxydet import RegionIndex
-from proxydet.index.build import index_files, open_writer
+from proxydet.index.build import finish_addition, index_images
 from proxydet.index.store import StoredIndex
 
 
 @pytest.mark.slow
 def test_killed_at_fifty_random_moments(photos, detector, tmp_path, monkeypatch):
-    monkeypatch.setattr("proxydet.index.store._PART_IMAGES", 3)
+    monkeypatch.setattr("proxydet.index.build.LARGEST_PART", 3)
     own = tmp_path / "own"
     own.mkdir()
     for copy in range(20):
@@ -38,14 +38,14 @@ def test_killed_at_fifty_random_moments(photos, detector, tmp_path, monkeypatch)
             warnings.simplefilter("ignore", DeprecationWarning)  # fork next to threads
             child = os.fork()
         if child == 0:
-            with open_writer(detector, index) as writer:
-                index_files(detector, sorted(own.glob("*")), writer, batch_size=2)
+            index_images(detector, [own], index, batch_size=2)
             os._exit(0)
         time.sleep(draw.uniform(0, whole_s / 5))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         killed += 1
         if (index / "index.json").exists():
+            finish_addition(index)
             now = set(paths(index))
             assert before <= now
             before = now

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -17,10 +16,9 @@ from region_indexes import made, paths
 
 from proxydet import Detector, RegionIndex
 from proxydet.errors import ConfigError, DataError, DiskFullError, InputError, LockedError
-from proxydet.files import Lock
-from proxydet.index.build import index_files, open_writer
+from proxydet.index.build import index_images, open_addition, open_index, run_addition
 from proxydet.index.store import IndexWriter, StoredIndex
-from proxydet.inference.sources import SourceImage, stream_images
+from proxydet.inference.sharded import Shard
 
 
 @pytest.fixture
@@ -36,8 +34,7 @@ def index(exact, photos, tmp_path) -> Path:
 
 
 def run(detector, folder: Path, index: Path, **options):
-    with open_writer(detector, index) as writer:
-        return index_files(detector, sorted(folder.glob("*")), writer, **options)
+    return index_images(detector, [folder], index, **options)
 
 
 class Counting(Detector):
@@ -83,8 +80,7 @@ def test_what_has_not_changed_is_left_alone_and_what_has_is_replaced(own, detect
 def test_a_path_given_twice_is_indexed_once(own, detector, tmp_path):
     index = tmp_path / "photos.index"
     images = [own / "p0.png", own / "../own/p0.png", os.path.relpath(own / "p0.png")]
-    with open_writer(detector, index) as writer:
-        index_files(detector, images, writer)
+    index_images(detector, images, index)
     assert paths(index) == [str(own / "p0.png")]
 
 
@@ -92,11 +88,10 @@ def test_a_path_given_twice_is_indexed_once(own, detector, tmp_path):
 def test_parts_that_were_merged_and_cut_give_what_one_index_gives(
     own, detector, tmp_path, regions, monkeypatch
 ):
-    monkeypatch.setattr("proxydet.index.store._PART_IMAGES", 2)
+    monkeypatch.setattr("proxydet.index.build.LARGEST_PART", 2)
     names = sorted(own.glob("*"))
     for name, chosen in (("a", names[:3]), ("b", names[2:])):
-        with open_writer(detector, tmp_path / name, most_regions=regions) as writer:
-            index_files(detector, chosen, writer)
+        index_images(detector, chosen, tmp_path / name, most_regions=regions)
     whole = made(tmp_path / "whole", detector, own, regions)
     with IndexWriter(tmp_path / "a") as writer:
         assert writer.merge(StoredIndex(tmp_path / "b")) == (1, 1)
@@ -121,27 +116,39 @@ def test_parts_that_were_merged_and_cut_give_what_one_index_gives(
 def test_another_detector_and_another_mode_are_refused(own, index, detector):
     other = Detector(detector.network, shortest=32, longest=100, encoder=detector.encoder)
     with pytest.raises(DataError, match="sides"):
-        open_writer(other, index)
+        run(other, own, index)
     with pytest.raises(DataError, match="--compact"):
-        open_writer(detector, index, most_regions=30)
+        run(detector, own, index, most_regions=30)
     with pytest.raises(ConfigError, match="one view"):
-        open_writer(detector.with_augmentation(), index)
+        run(detector.with_augmentation(), own, index)
     with pytest.raises(ConfigError, match="rescoring"):
-        open_writer(detector.with_settings(rescore=True), index)
-    with pytest.raises(DataError, match="not an index"):
-        open_writer(detector, own)
+        run(detector.with_settings(rescore=True), own, index)
+    with pytest.raises(DataError, match=r"p0\.png"):
+        run(detector, own, own)
     assert sorted(path.name for path in own.glob("*")) == [f"p{n}.png" for n in range(4)]
 
 
-def test_a_second_writer_is_refused_and_the_lock_goes_with_the_first(index, detector):
-    with open_writer(detector, index), pytest.raises(LockedError, match="copy"):
-        open_writer(detector, index)
-    with open_writer(detector, index):
-        assert isinstance(Lock(index / "writer.lock").owner(), object)
+def test_a_second_process_that_adds_or_removes_is_refused(own, index, detector):
+    (own / "p0.png").write_bytes((own / "p1.png").read_bytes() + b"0")
+    second = []
+
+    class Late(Counting):
+        def embed(self, images, settings=None):
+            for again in (lambda: run(detector, own, index), lambda: IndexWriter(index)):
+                with pytest.raises(LockedError, match="copy"), IndexWriter(index):
+                    again()
+                second.append(again)
+            with pytest.raises(LockedError, match="adding"):
+                run(detector, own, index)
+            return super().embed(images, settings)
+
+    assert run(Late(detector), own, index).added == 1
+    assert len(second) == 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("stopped")])
-def test_what_was_added_before_an_error_is_kept(own, detector, tmp_path, error):
+def test_what_was_added_before_an_error_is_kept(own, detector, tmp_path, error, monkeypatch):
+    monkeypatch.setattr("proxydet.index.build.LARGEST_PART", 1)
     index = tmp_path / "photos.index"
     with pytest.raises(BaseException, match="stopped"):
         run(Counting(detector, error), own, index, batch_size=1)
@@ -151,9 +158,44 @@ def test_what_was_added_before_an_error_is_kept(own, detector, tmp_path, error):
     assert (done.unchanged, done.images) == (2, 4)
 
 
+def test_what_a_killed_process_had_finished_is_taken_whatever_is_added_next(
+    own, detector, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("proxydet.index.build.LARGEST_PART", 1)
+    index, counting = tmp_path / "photos.index", Counting(detector)
+    with monkeypatch.context() as killed:
+        killed.setattr("proxydet.index.build.finish_addition", lambda *_, **__: None)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(Counting(detector, RuntimeError("stopped")), own, index, batch_size=1)
+    assert paths(index) == []
+    assert len(list((index / "adding" / "parts").glob("*"))) == 2
+    done = run(counting, own / "p3.png", index)
+    assert (done.added, done.images, counting.embedded) == (1, 3, 1)
+    assert (run(counting, own, index).images, counting.embedded) == (4, 2)
+    assert not (index / "adding").exists()
+    assert StoredIndex(index).verify() == []
+
+
+def test_shards_share_a_plan_and_the_last_one_puts_all_into_the_index(
+    own, detector, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("proxydet.index.build.LARGEST_PART", 1)
+    index = tmp_path / "photos.index"
+    work, done = open_index(detector, index), []
+    for number in (1, 0):
+        shard = Shard(number, 2)
+        job = open_addition(index, [str(own)], shard=shard)
+        (own / "late.png").write_bytes((own / "p0.png").read_bytes() + b"0")
+        with pytest.raises(ConfigError, match="sources"):
+            open_addition(index, [str(own / "p0.png")], shard=shard)
+        done.append(run_addition(index, job, lambda _: work, shard=shard))
+    assert [(d.added, d.unfinished, d.images) for d in done] == [(2, 2, 0), (2, 0, 4)]
+    assert (run(detector, own, index).added, len(paths(index))) == (1, 5)
+
+
 def test_a_full_disk_keeps_what_was_committed(own, detector, tmp_path, monkeypatch):
     index = tmp_path / "photos.index"
-    monkeypatch.setattr("proxydet.index.store._PART_IMAGES", 2)
+    monkeypatch.setattr("proxydet.index.build.LARGEST_PART", 2)
     write = Path.write_bytes
     parts = []
 
@@ -167,9 +209,9 @@ def test_a_full_disk_keeps_what_was_committed(own, detector, tmp_path, monkeypat
         patched.setattr(Path, "write_bytes", full)
         with pytest.raises(DiskFullError, match="no room"):
             run(detector, own, index, batch_size=1)
-    assert len(paths(index)) == 2
+    counting = Counting(detector)
+    assert (run(counting, own, index).images, counting.embedded) == (4, 2)
     assert StoredIndex(index).verify() == []
-    assert run(detector, own, index).images == 4
 
 
 def test_parts_that_no_index_names_are_removed_by_the_next_writer(index, detector, photos):
@@ -212,15 +254,24 @@ def test_damage_is_named_and_never_a_wrong_result(index):
     assert len(StoredIndex(index).verify()) == 1
 
 
+def test_what_is_damaged_is_removed_and_indexed_again(index, detector, photos, monkeypatch):
+    (part,) = (index / "parts").glob("*")
+    os.truncate(part, 1000)
+    with pytest.raises(DataError, match="1000 bytes"):
+        RegionIndex(index)
+    with IndexWriter(index) as writer:
+        assert writer.remove_damaged() == 4
+    assert run(detector, photos, index).added == 4
+    assert StoredIndex(index).verify() == []
+
+
 def test_members_of_tars_are_images_too(photos, exact, detector, tmp_path):
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         tar.add(photos, "photos")
     index = tmp_path / "tar.index"
 
     def again():
-        with open_writer(detector, index) as writer:
-            found = stream_images([str(tmp_path / "photos.tar")], Counter())
-            return index_files(detector, found, writer)
+        return index_images(detector, [tmp_path / "photos.tar"], index)
 
     assert (again().added, again().unchanged) == (4, 4)
     names = {path.removeprefix(f"{tmp_path}/photos.tar/photos/") for path in paths(index)}
@@ -273,8 +324,7 @@ def test_of_members_of_tars_the_newer_is_kept(photos, detector, tmp_path):
         with tarfile.open(place, "w") as tar:
             tar.add(photos / f"p{number}.png", "p.png")
         os.utime(place, (1_000 + number, 1_000 + number))
-        with open_writer(detector, tmp_path / name) as writer:
-            index_files(detector, stream_images([str(place)], Counter()), writer)
+        index_images(detector, [place], tmp_path / name)
     for first, second, wanted in (("old", "new", (1, 0)), ("new", "old", (0, 1))):
         merged = Path(shutil.copytree(tmp_path / first, tmp_path / f"{first}-first"))
         with IndexWriter(merged) as writer:
@@ -289,9 +339,10 @@ def test_what_has_no_time_is_compared_by_content(photos, detector, tmp_path):
     counting, store = Counting(detector), fsspec.filesystem("memory")
     for number in (0, 1):
         store.pipe("/p.png", (photos / f"p{number}.png").read_bytes())
+        listed = tmp_path / "list"
+        listed.write_text("memory://p.png\n")  # of a list: its time is not asked for
         for _ in range(2):
-            with open_writer(counting, tmp_path / f"{number}.index") as writer:
-                done = index_files(counting, [SourceImage("memory://p.png")], writer)
+            done = index_images(counting, [f"@{listed}"], tmp_path / f"{number}.index")
         assert (done.unchanged, done.images, counting.embedded) == (1, 1, number + 1)
     with IndexWriter(tmp_path / "1.index") as writer:  # the last one counts
         assert writer.merge(StoredIndex(tmp_path / "0.index")) == (1, 0)

@@ -130,3 +130,27 @@ def test_background_that_takes_the_best_regions_does_not_end_a_search_too_early(
         for top in (1, 2):
             some = index.search(classes, score_threshold=0.1, top=top)
             assert [hit.score for hit in some] == scores[:top]
+
+
+def test_more_like_a_region_is_a_class_of_its_embedding(exact, compact, detector):
+    for path in (exact, compact):
+        index = RegionIndex(path)
+        hit = index.search(WORDS, score_threshold=0.1)[0]
+        box = hit.found.boxes_xyxy[0]
+        like = index.like(hit.path, box)
+        assert index.like(hit.number, box.tolist()).to_dict() == like.to_dict()
+        assert like.iou > 0.95
+        np.testing.assert_allclose(like.box_xyxy, box, atol=1)
+        found = index.search(like.vocabulary, score_threshold=0.0, max_detections=1000)
+        (own,) = (more.found for more in found if more.path == hit.path)
+        near = np.abs(own.boxes_xyxy - np.asarray(like.box_xyxy)).max(axis=1) < 1
+        assert near.any()
+        assert set(own.labels) == {"like this"}
+    for image, box, what in (
+        ("absent.png", [0, 0, 9, 9], "no image absent"),
+        (99, [0, 0, 9, 9], "no image 99"),
+        (hit.path, [0, 0, 1, 1], "IoU"),
+        (hit.path, [5, 5, 1, 1], "exchanged"),
+    ):
+        with pytest.raises(DataError, match=what):
+            index.like(image, box)

@@ -649,9 +649,9 @@ def test_what_is_not_an_image_is_a_row_with_its_error(detector):
 
 
 def test_a_name_that_is_not_utf8_has_its_row_in_a_table_where_it_cannot_be_read():
-    from proxydet.inference.rows import columns
     from proxydet.inference.sharded import Row
     from proxydet.inference.sources import SourceImage
+    from proxydet.inference.writers import columns
 
     row = columns(Row(SourceImage("a\udcff.png"), None, "cannot read a\udcff.png"))
     assert (row["file"], row["error"]) == ("a\\udcff.png", "cannot read a\\udcff.png")

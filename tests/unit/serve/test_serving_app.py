@@ -205,18 +205,18 @@ def test_a_near_miss_is_suggested(client, png):
 def test_what_is_not_an_image_is_refused(client, png):
     post = client.post
     text = {"content-type": "text/plain"}
-    problem(post("/api/predict", content=b"no picture", headers=RAW), 415, "picture-type")
-    problem(post("/api/predict", content=png, headers=text), 415, "picture-type")
-    problem(post("/api/predict", content=png), 415, "picture-type")
+    problem(post("/api/predict", content=b"no picture", headers=RAW), 415, "image-type")
+    problem(post("/api/predict", content=png, headers=text), 415, "image-type")
+    problem(post("/api/predict", content=png), 415, "image-type")
     for kind in ("application/image", "text/image/png"):
         problem(
-            post("/api/predict", content=png, headers={"content-type": kind}), 415, "picture-type"
+            post("/api/predict", content=png, headers={"content-type": kind}), 415, "image-type"
         )
     problem(post("/api/predict", content=b"", headers=RAW), 400, "malformed")
-    problem(post("/api/predict", content=png[:-200], headers=RAW), 400, "picture")
+    problem(post("/api/predict", content=png[:-200], headers=RAW), 400, "image")
     # Pillow would hand PostScript to another program.
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
-    problem(post("/api/predict", content=eps, headers=RAW), 415, "picture-type")
+    problem(post("/api/predict", content=eps, headers=RAW), 415, "image-type")
 
 
 def test_wrong_forms_are_refused(client, png):
@@ -261,7 +261,7 @@ def test_bombs_are_refused_from_their_header(client, png):
         with warnings.catch_warnings():
             warnings.simplefilter("default" if side == 20_000 else "error")
             response = client.post("/api/predict", content=bytes(header), headers=RAW)
-        assert "pixels" in problem(response, 413, "picture-size")["message"]
+        assert "pixels" in problem(response, 413, "image-size")["message"]
 
 
 def test_only_the_fixed_routes_exist(client):
@@ -387,8 +387,8 @@ def test_what_cannot_be_read_is_not_queued(detector, png, monkeypatch):
     monkeypatch.setattr(app.queue, "run", queued)
     with TestClient(app, base_url="http://localhost") as client:
         post = client.post
-        problem(post("/api/predict", content=png, headers=RAW), 413, "picture-size")
-        problem(post("/api/predict", content=b"text", headers=RAW), 415, "picture-type")
+        problem(post("/api/predict", content=png, headers=RAW), 413, "image-size")
+        problem(post("/api/predict", content=b"text", headers=RAW), 415, "image-type")
 
 
 def test_who_takes_no_answer_is_given_up():

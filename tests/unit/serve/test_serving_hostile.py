@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 KINDS = {
     "parameter",
     "words",
-    "picture",
-    "picture-type",
-    "picture-size",
+    "image",
+    "image-type",
+    "image-size",
     "upload-size",
     "malformed",
 }

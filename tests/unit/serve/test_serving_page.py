@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from region_indexes import made
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
@@ -49,6 +50,11 @@ PASTE = """
     const data = new DataTransfer();
     data.items.add(new File([bytes], "pasted.png", { type: "image/png" }));
     document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+"""
+PLACES = """
+    const [svg, ...box] = arguments;
+    const at = (x, y) => { const p = new DOMPoint(x, y).matrixTransform(svg.getScreenCTM()); return [Math.round(p.x), Math.round(p.y)]; };
+    return [at(box[0], box[1]), at(box[2], box[3])];
 """
 SLIDE = """
     const slider = document.getElementById("threshold");
@@ -435,6 +441,41 @@ def test_the_search_page_from_words_to_saved_lists(detector, start_server, drive
         page.until(lambda: page["large"].is_displayed())
         assert page["large-name"].text == kept[0].path
         page["close"].click()
+
+        # More like a region: of a box of the list, of one that is clicked, of one that is drawn.
+        like, image = kept[0].found.boxes_xyxy[0].tolist(), kept[0]
+        wanted_like = RegionIndex(index.stored.path).like(image.number, like)
+
+        def looked_for() -> str:
+            return str(page["like-text"].text) if page["like"].is_displayed() else ""
+
+        for way in ("list", "click", "draw"):
+            cards()[0].send_keys(Keys.ENTER)
+            page.until(lambda: page["large"].is_displayed())
+            assert page["large-name"].text == image.path
+            boxes = page["large-frame"].find_element(By.TAG_NAME, "svg")
+            if way == "list":
+                page["large-list"].find_element(By.TAG_NAME, "button").click()
+            else:
+                move = ActionChains(driver)
+                (x0, y0), (x1, y1) = driver.execute_script(PLACES, boxes, *like)
+                if way == "click":
+                    move.move_by_offset((x0 + x1) / 2, (y0 + y1) / 2).click().perform()
+                else:
+                    move.move_by_offset(x0, y0).click_and_hold()
+                    move.move_by_offset(x1 - x0, y1 - y0).release().perform()
+                driver.execute_cdp_cmd(
+                    "Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 0, "y": 0}
+                )
+            page.until(lambda: looked_for() == f"More like the region in {Path(image.path).name}")
+            assert not page["large"].is_displayed()
+            page.driver.execute_script(SLIDE, "0.1")
+            if way != "click":  # a click takes the smallest of the boxes there
+                hits = index.search(wanted_like.vocabulary, score_threshold=0.1)
+                assert len(cards()) == len(hits)
+            page["like-end"].click()
+            page.until(lambda: not page["like"].is_displayed())
+            page.driver.execute_script(SLIDE, str(cut))
 
         size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

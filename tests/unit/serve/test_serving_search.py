@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,9 @@ from region_indexes import made
 from starlette.testclient import TestClient
 
 from proxydet import RegionIndex
-from proxydet.index.build import index_files, open_writer
+from proxydet.index.build import index_images
 from proxydet.index.search import results_page
-from proxydet.inference.sources import SourceImage, stream_images
+from proxydet.inference.sources import SourceImage
 from proxydet.serve.app import Served, ServingSettings, build_app
 
 WORDS = ["red star", "blue circle"]
@@ -61,14 +60,26 @@ def test_a_search_over_http_finds_what_the_index_finds(searching, index):
     assert "app.js" not in searching.get("/").text
 
 
+def test_more_like_a_region_over_http(searching, index):
+    hit = index.search(WORDS, score_threshold=0.2)[0]
+    box = hit.found.boxes_xyxy[0].tolist()
+    query = {"like": str(hit.number), "box": json.dumps(box), "score_threshold": "0.05"}
+    found = searching.get("/api/search", params=query).json()
+    like = index.like(hit.number, box)
+    assert (like.iou > 0.95, found["like"]) == (True, {"id": hit.number, **like.to_dict()})
+    wanted = index.search(like.vocabulary, score_threshold=0.05)
+    assert len(wanted) > 0
+    assert found["images"] == [
+        {"id": hit.number, **json.loads(json.dumps(hit.to_dict()))} for hit in wanted
+    ]
+
+
 def test_members_of_a_tar_are_shown_and_objects_of_a_store_are_not_fetched(
     photos, detector, tmp_path, monkeypatch
 ):
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         tar.add(photos / "photo 0.png", "photo 0.png")
-    with open_writer(detector, tmp_path / "tar.index") as writer:
-        found = stream_images([str(tmp_path / "photos.tar")], Counter())
-        index_files(detector, found, writer)
+    index_images(detector, [tmp_path / "photos.tar"], tmp_path / "tar.index")
     index = RegionIndex(tmp_path / "tar.index")
     page = results_page(index.search(WORDS, score_threshold=0.0), title="", summary="")
     captions = [image.caption for image in page.sections[0].images]
@@ -90,6 +101,12 @@ def test_members_of_a_tar_are_shown_and_objects_of_a_store_are_not_fetched(
         ("/api/search?limit=5000", 400, "parameter"),
         ("/api/search?masks=true", 400, "parameter"),
         ("/api/search?nothing=1", 400, "parameter"),
+        ("/api/search?like=0", 400, "parameter"),
+        ("/api/search?like=x&box=[0,0,9,9]", 400, "parameter"),
+        ("/api/search?like=0&box=[0,0,9,9]&words=red", 400, "parameter"),
+        ("/api/search?like=0&box=[0,0,9]", 400, "parameter"),
+        ("/api/search?like=7&box=[0,0,9,9]", 404, "region"),
+        ("/api/search?like=0&box=[900,900,950,950]", 404, "region"),
         ("/images/3.jpg", 404, "not-found"),
         ("/images/99999999999999999999.jpg", 404, "not-found"),
         ("/images/0.jpg?size=-1", 400, "parameter"),
@@ -99,6 +116,8 @@ def test_members_of_a_tar_are_shown_and_objects_of_a_store_are_not_fetched(
 def test_mistakes_are_named(searching, path, status, kind):
     response = searching.get(path)
     assert (response.status_code, response.json()["error"]["kind"]) == (status, kind)
+    if path == "/api/predict":
+        assert response.json()["error"]["hint"] == "routes: /api/health, /api/info, /, /api/search"
 
 
 def test_a_file_that_is_gone_and_a_damaged_index_are_reported(photos, detector, tmp_path):

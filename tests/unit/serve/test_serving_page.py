@@ -458,12 +458,16 @@ def test_the_search_page_from_words_to_saved_lists(detector, start_server, drive
                 page["large-list"].find_element(By.TAG_NAME, "button").click()
             else:
                 move = ActionChains(driver)
+                point = move.w3c_actions.pointer_action
                 (x0, y0), (x1, y1) = driver.execute_script(PLACES, boxes, *like)
                 if way == "click":
-                    move.move_by_offset((x0 + x1) / 2, (y0 + y1) / 2).click().perform()
+                    point.move_to_location((x0 + x1) // 2, (y0 + y1) // 2)
+                    move.click().perform()
                 else:
-                    move.move_by_offset(x0, y0).click_and_hold()
-                    move.move_by_offset(x1 - x0, y1 - y0).release().perform()
+                    point.move_to_location(x0, y0)
+                    move.click_and_hold()
+                    point.move_to_location(x1, y1)
+                    move.release().perform()
                 driver.execute_cdp_cmd(
                     "Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 0, "y": 0}
                 )

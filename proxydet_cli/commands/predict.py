@@ -195,7 +195,7 @@ def predict(
             job.part_size,
         )
         parts = part_format(kind)
-        asked = {"request": request, "parts": parts, "shard": shard}
+        asked: dict[str, Any] = {"request": request, "parts": parts, "shard": shard}
         if not overwrite and job.report_finished(out, folder, sources, **asked):
             return
         job.load()

@@ -416,8 +416,9 @@ def test_the_search_page_from_words_to_saved_lists(detector, start_server, drive
         first = cards()[0]
         assert f"{wanted[0].found.labels[0]} {wanted[0].score:.2f}" in first.text
         page.until(lambda: "not there any more" in page["grid"].text)
-        # Boxes lie where they are in the image.
+        # The whole image is seen, and boxes lie where they are in it.
         shape = first.find_element(By.TAG_NAME, "img").rect
+        assert shape["height"] <= first.find_element(By.CLASS_NAME, "frame").rect["height"]
         box = first.find_elements(By.TAG_NAME, "rect")[-1].rect
         scale = min(shape["width"] / 64, shape["height"] / 48)
         left = shape["x"] + (shape["width"] - 64 * scale) / 2

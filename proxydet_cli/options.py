@@ -117,7 +117,7 @@ class Group(_Help, typer.core.TyperGroup):
     """The subcommand that is meant where none is named."""
 
     def parse_args(self: Any, ctx: Any, args: list[str]) -> Any:
-        """Put the default subcommand in front of what names none; what nearly names one, and is no file, is a usage error."""
+        """Put the default subcommand in front of what names none; a near miss that is not a file is a usage error."""
         if self.default and args and args[0] not in (*self.commands, *ctx.help_option_names):
             near = nearest(args[0], list(self.commands))
             if near and not os.path.lexists(args[0]):

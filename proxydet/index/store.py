@@ -498,7 +498,7 @@ class StoredIndex:
     def damaged(
         self, *, whole: bool = False, progress: Callable[[int], object] | None = None
     ) -> dict[Part, str]:
-        """Return the parts that are not what was written, and what is wrong with each.
+        """Return the parts that changed after they were written, and what is wrong with each.
 
         Args:
             whole: Compare their digests and read all values; else their sizes.

@@ -25,7 +25,12 @@ from proxydet.detector import Detector
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.detector_evaluation import evaluate
 from proxydet.files import write_json
-from proxydet.inference.exemplars import embed_shown, find_exemplars, region_statistics
+from proxydet.inference.exemplars import (
+    embed_shown,
+    find_exemplars,
+    in_detector,
+    region_statistics,
+)
 from proxydet.models import configuration_of
 from proxydet.vocabulary.exemplars import classes_of_exemplars
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -68,7 +73,7 @@ def main() -> None:
     shown = find_exemplars(pool / "description.toml", split="val", most=10**6)
     regions: list[list[np.ndarray]] = [[] for _ in names]
     place = [names.index(name) for name in shown.names]
-    for image, kept_K, own_KD in embed_shown(detector, shown):
+    for image, kept_K, own_KD in embed_shown(in_detector(detector), shown):
         for row, region_D in zip(image.classes_A[kept_K], own_KD, strict=True):
             regions[place[row]].append(region_D)
     print(f"exemplars of a class: {min(map(len, regions))} to {max(map(len, regions))}")

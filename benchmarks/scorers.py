@@ -26,7 +26,7 @@ import torch
 from proxydet.data.sources import open_config
 from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.detector import Detector
-from proxydet.evaluation.analysis import operating_point
+from proxydet.evaluation.analysis import calibrate, operating_point
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.detector_evaluation import evaluate_split
 from proxydet.evaluation.evaluate import run_evaluation
@@ -105,13 +105,15 @@ def measure(detector: Detector, folder: Path, output: Path, seed: int, options: 
             asked, TRAINING_CLASSES, margin=2
         ),
     }
+    split = opened(calibrating)
+    calibrated = calibrate_vocabulary(detector, split, asked, scores=True, even_if_worse=True)
+    vocabularies["names, calibrated scores"] = calibrated.vocabulary.with_scorers(threshold=None)
     for name, words in vocabularies.items():
         found = evaluate_split(one_label, test, vocabulary=words, config=SETTINGS)
         assert found is not None
-        split = opened(calibrating)
         thresholds = {"": np.full(len(words), GENERAL)}
         for what, options_of in {"that keep 0.97": {"keep": 0.97}, "for F1": {}}.items():
-            learned = calibrate_vocabulary(detector, split, words, **options_of)
+            learned = calibrate_vocabulary(detector, split, words, even_if_worse=True, **options_of)
             thresholds[f", thresholds {what}"] = learned.vocabulary.threshold
         for what, threshold_C in thresholds.items():
             own = dict(zip(words.names, threshold_C.tolist(), strict=True))
@@ -129,9 +131,11 @@ def measure(detector: Detector, folder: Path, output: Path, seed: int, options: 
                 "ap": report.ap,
                 "ap50": report.ap50,
                 "ap_all": found.report.ap,
+                "calibration_error": calibrate(scored.matches).error,
                 "thresholds": own,
             }
-    return {"seed": seed, "asked": names, "rows": rows}
+    change = calibrated.scores and dataclasses.asdict(calibrated.scores)
+    return {"seed": seed, "asked": names, "rows": rows, "scores": change}
 
 
 def main() -> None:
@@ -163,6 +167,7 @@ def main() -> None:
         "recall": ("recall", 100),
         "ap": ("AP of what is kept", 100),
         "ap_all": ("AP of all", 100),
+        "calibration_error": ("calibration error", 1),
     }
     print(
         "| setting | "

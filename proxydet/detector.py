@@ -21,9 +21,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from proxydet.config import load_mapping, merge
+from proxydet.config import merge
 from proxydet.data.config import DataConfig
-from proxydet.data.dataset import DatasetConfig
 from proxydet.data.images import (
     ChannelOrder,
     ImageInput,
@@ -51,22 +50,21 @@ from proxydet.modeling.weights import load_weights
 from proxydet.models import (
     DEFAULT_MODEL,
     PUBLISHED_MODELS,
-    SIZES,
     DetectorConfig,
     NamedDetector,
     check_sizes,
+    classes_of_run,
     configuration_of,
     digests_of,
     find_detector,
-    is_run,
     locate_published,
     newest_weights,
-    run_encoder,
-    run_vocabulary,
+    settings_of,
+    trained_classes,
 )
 from proxydet.paths import require_run
 from proxydet.runtime.torch_probe import half_speed
-from proxydet.vocabulary.sources import Classes, TrainedClasses, published_vocabulary
+from proxydet.vocabulary.sources import Classes, TrainedClasses
 from proxydet.vocabulary.vocabulary import FloatArray, TextEncoder, Vocabulary
 from proxydet.wording import first_line
 
@@ -160,9 +158,7 @@ class Detector(TrainedClasses):
         run = require_run(Path(folder))
         settings = DetectorConfig.of(configuration_of(run))
         weights = checkpoint or newest_weights(run)
-        detector = cls._open(
-            settings, run_vocabulary(run), weights, chosen, _encoder_of(run, settings.data), run
-        )
+        detector = cls._open(settings, classes_of_run(run, settings.data), weights, chosen, run)
         recorded = digests_of(run)
         model = settings.model
         for name, digest in source_digests((model.backbone.kind, model.cascade.box_head)).items():
@@ -194,21 +190,14 @@ class Detector(TrainedClasses):
             RuntimeEnvironmentError: The device is not there.
         """
         chosen = choose_device(device)
-        encoder = None
         if isinstance(config, ModelConfig):
+            named = NamedDetector(weights=Path(path))
             settings = DetectorConfig(data=DataConfig(), model=config, inference=InferenceConfig())
-        elif isinstance(named := check_sizes(config), Path):
-            of_run = named.name == "config.yaml" and is_run(named.parent)
-            settings = DetectorConfig.of(
-                configuration_of(named.parent) if of_run else load_mapping(named)
-            )
-            if vocabulary is None and is_run(named.parent):
-                vocabulary = run_vocabulary(named.parent)
-                encoder = _encoder_of(named.parent, settings.data)
         else:
-            settings = SIZES[named]
-        classes = vocabulary or published_vocabulary("lvis")
-        return cls._open(settings, classes, Path(path), chosen, encoder)
+            named = NamedDetector(weights=Path(path), config=check_sizes(config))
+            settings = settings_of(named)
+        trained = trained_classes(named) if vocabulary is None else TrainedClasses(vocabulary)
+        return cls._open(settings, trained, Path(path), chosen)
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "auto") -> Detector:
@@ -232,26 +221,26 @@ class Detector(TrainedClasses):
             return open_named(find_detector(run=None, weights=name, config=None), device=device)
         weights = download(name)
         download("lvis-metadata")
-        return cls._open(PUBLISHED_MODELS[name], published_vocabulary("lvis"), weights, chosen)
+        trained = trained_classes(NamedDetector(published=name))
+        return cls._open(PUBLISHED_MODELS[name], trained, weights, chosen)
 
     @classmethod
     def _open(
         cls,
         settings: DetectorConfig,
-        vocabulary: Vocabulary,
+        trained: TrainedClasses,
         weights: Path,
         device: torch.device,
-        encoder: Path | None = None,
         folder: Path | None = None,
     ) -> Detector:
-        network = ProxyDetNetwork(settings.model, vocabulary)
+        network = ProxyDetNetwork(settings.model, trained.vocabulary)
         load_weights(network, weights)
         return cls(
             network.for_inference(device),
             inference=settings.inference,
             shortest=settings.data.test_shortest_side,
             longest=settings.data.test_longest_side,
-            encoder=encoder,
+            encoder=trained._encoder,
             folder=folder,
         )
 
@@ -776,14 +765,5 @@ def open_named(named: NamedDetector, *, device: str = "auto") -> Detector:
         return Detector.from_checkpoint(named.weights, config=named.config, device=device)
     name = named.published or DEFAULT_MODEL
     weights, chosen = locate_published(name), choose_device(device)
-    return Detector._open(PUBLISHED_MODELS[name], published_vocabulary("lvis"), weights, chosen)
-
-
-def _encoder_of(folder: Path, data: DataConfig) -> Path | None:
-    """The text encoder that the run's data came with; None where that is CLIP."""
-    if (own := run_encoder(folder)) is not None:
-        return own
-    if data.description is None or not data.description.is_file():
-        return None
-    encoder = DatasetConfig.from_toml(data.description).classes.encoder
-    return Path(encoder) if encoder is not None and Path(encoder).is_file() else None
+    trained = trained_classes(NamedDetector(published=name))
+    return Detector._open(PUBLISHED_MODELS[name], trained, weights, chosen)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from proxydet.config import from_mapping, load_mapping
 from proxydet.data.config import DataConfig
+from proxydet.data.dataset import DatasetConfig
 from proxydet.errors import (
     ArtifactError,
     CheckpointError,
@@ -25,7 +26,7 @@ from proxydet.errors import (
     VocabularyError,
 )
 from proxydet.files import sha256
-from proxydet.hub import fetch, split_name
+from proxydet.hub import damage_explained, fetch, split_name
 from proxydet.manifest import (
     EVALUATION_KEYS,
     FREE_KEYS,
@@ -44,7 +45,7 @@ from proxydet.paths import (
     require_run,
     run_in,
 )
-from proxydet.vocabulary.sources import published_vocabulary
+from proxydet.vocabulary.sources import TrainedClasses, published_vocabulary
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import check_weight_file
 from proxydet.wording import nearest
@@ -346,6 +347,57 @@ def _require_written(path: Path, name: str, digest: str) -> None:
             hint=how_to_restore(path, "put the run's own file back"),
             path=path,
         )
+
+
+def settings_of(named: NamedDetector) -> DetectorConfig:
+    """Return the settings of a detector, without opening it.
+
+    Raises:
+        InputError: Its configuration cannot be read, or a key or value of it is wrong.
+    """
+    if named.run is not None:
+        return DetectorConfig.of(configuration_of(named.run))
+    if named.published is not None:
+        return PUBLISHED_MODELS[named.published]
+    if not isinstance(named.config, Path):
+        return SIZES[named.config]
+    folder = named.config.parent
+    of_run = named.config.name == "config.yaml" and is_run(folder)
+    return DetectorConfig.of(configuration_of(folder) if of_run else load_mapping(named.config))
+
+
+def trained_classes(named: NamedDetector) -> TrainedClasses:
+    """Return the classes of a detector's training and its text encoder, without opening its network.
+
+    Raises:
+        InputError: They cannot be read, or are not what the run wrote.
+    """
+    run = named.run
+    if run is None and isinstance(named.config, Path) and is_run(named.config.parent):
+        run = named.config.parent
+    if run is None:
+        return TrainedClasses(published_vocabulary("lvis"))
+    with damage_explained(named.repository, run):
+        return classes_of_run(run, settings_of(named).data)
+
+
+def classes_of_run(run: Path, data: DataConfig) -> TrainedClasses:
+    """Return the classes of a run and the text encoder that its data came with, else CLIP.
+
+    Args:
+        run: The run folder.
+        data: Its settings.
+
+    Raises:
+        InputError: They cannot be read, or are not what the run wrote.
+    """
+    vocabulary = run_vocabulary(run)
+    if (own := run_encoder(run)) is not None:
+        return TrainedClasses(vocabulary, own)
+    if data.description is None or not data.description.is_file():
+        return TrainedClasses(vocabulary)
+    named = DatasetConfig.from_toml(data.description).classes.encoder
+    return TrainedClasses(vocabulary, Path(named) if named and Path(named).is_file() else None)
 
 
 def newest_weights(folder: Path) -> Path:

@@ -93,9 +93,8 @@ class ClassOptions:
         Raises:
             VocabularyError: A file is not there, or a class name is empty or there twice.
         """
-        from proxydet.errors import VocabularyError
-        from proxydet.vocabulary.names import split_names
-        from proxydet.vocabulary.sources import check_source, is_vocabulary_file
+        from proxydet.vocabulary.names import no_file, split_names
+        from proxydet.vocabulary.sources import check_source
         from proxydet.vocabulary.vocabulary import check_names
 
         if self.classes is not None and self.vocabulary is not None:
@@ -104,23 +103,16 @@ class ClassOptions:
             check_source(self.vocabulary)
         if self.names is not None and self.vocabulary is None:
             raise typer.BadParameter("--names requires a .npy --vocabulary")
-        source = self.vocabulary
-        named = source if source and is_vocabulary_file(source) else None
-        if self.names is None and named is not None and named.endswith(".npy"):
-            named = None  # `open_vocabulary` says what else is needed
-        lists = [text for text in (self.classes, self.background) if text is not None]
-        for file in (named, self.names, *(text for text in lists if _means_file(text))):
-            if file is not None and not Path(file).exists():
-                raise VocabularyError(
-                    f"there is no file {file}",
-                    hint="check the spelling of its path",
-                    path=Path(file),
-                )
-            if file is not None:
-                confirm_names(Path(file))
-        for text in lists:
-            if not _means_file(text) and ("," in text or not text.strip()):
+        files = [] if self.names is None else [self.names]
+        for text in (self.classes, self.background, self.vocabulary):
+            if text is not None and _means_file(text):
+                files.append(Path(text))
+            elif text is not None and text != self.vocabulary and ("," in text or not text.strip()):
                 check_names(split_names(text))
+        for file in files:
+            if not file.exists():
+                raise no_file(file)
+            confirm_names(file)
 
     def open(
         self, detector: TrainedClasses, *, base_above: float = 0.9, yes: bool | None
@@ -417,6 +409,28 @@ class InferenceOptions:
             show_default=False,
         ),
     ] = None
+
+    def check(self, named: NamedDetector) -> None:
+        """Refuse settings that cannot be, before a detector is opened.
+
+        Args:
+            named: The detector that they are for.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        from proxydet.config import merge
+        from proxydet.models import settings_of
+
+        asked = ("rescore", "tiles", "tile_overlap", "whole_image")
+        given = {n: value for n in asked if (value := getattr(self, n)) is not None}
+        if not merge(settings_of(named).inference, given, "inference").tiles:
+            for name, option in {
+                "tile_overlap": "--tile-overlap requires",
+                "whole_image": "--whole-image and --no-whole-image require",
+            }.items():
+                if name in given:
+                    raise typer.BadParameter(f"{option} --tiles PIXELS")
 
     def apply(self, detector: Detector) -> Detector:
         """Return the detector with the settings that they ask for.

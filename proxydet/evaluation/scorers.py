@@ -1,4 +1,4 @@
-"""Learns a threshold for each class from annotated images.
+"""Learns what scores mean from annotated images: a threshold for each class, and a scale and bias that make scores probabilities.
 
 A detector's scores mean different things for different classes: 0.3 can be mostly right for one and mostly wrong for another.
 The detections of a few annotated images, each right or wrong, give a calibration: the log-odds of being right are
@@ -6,27 +6,43 @@ The detections of a few annotated images, each right or wrong, give a calibratio
 offsets may lie apart is learned too, so that a class with many detections has its own, one with few lies near the shared one, and one
 with none has the shared one. A threshold on that probability, one for all classes, is a threshold on the score of each.
 
-Dimensions: C classes, S detections that are right or wrong.
+Calibrated scores come from the classes' scorers: a scale and a bias of each class's logits, near those that all classes share unless
+its detections say otherwise, under which the scores themselves are as likely as can be (Platt's scaling, inside the score's formula:
+what the proposal network and the branches add to a score stays). Within a class the logits keep their order.
+
+Dimensions: C classes, S detections that are right or wrong, K steps of the detection branch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from proxydet.errors import ConfigError, DataError
-from proxydet.evaluation.analysis import OperatingPoint, operating_point, right_and_wrong
+from proxydet.evaluation.analysis import (
+    OperatingPoint,
+    calibrate,
+    operating_point,
+    right_and_wrong,
+)
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.detector_evaluation import evaluate_split
+from proxydet.evaluation.evaluate import run_evaluation
+from proxydet.modeling.postprocess import ClassText, agreed_scores, class_scores
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.names import quote_names
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from proxydet.detector import Detector
+    from proxydet.evaluation.evaluate import Evaluation, Scored
     from proxydet.evaluation.split import DescribedSplit
 
 Floats = NDArray[np.float64]
@@ -39,6 +55,13 @@ _EDGE = 1e-6
 _FEW = 5
 # Parts of the images, of which each is counted with what was learned from the others.
 _FOLDS = 5
+_CONFIG = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
+# How far the logarithm of a scale, and a bias, lie from those that classes share, and these from none: standard deviations.
+_OWN_SPREAD, _SHARED_SPREAD = (0.2, 0.7), (0.5, 3.0)
+# Pixels between the boxes of a detection and of its region, beyond those of the nearest region.
+_SAME_BOX = 0.1
+# AP of the same detections that calibrated scores may cost.
+_MOST_LOST = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +146,174 @@ def _sigmoid(logit: Floats) -> Floats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreParts:
+    """What the scores of detections are made of; make it with `of_detections`.
+
+    Attributes:
+        class_S: int64, rows of the vocabulary.
+        logit_KS: float64, temperature times scale times cosine, of each step.
+        mixup_S: The same of the mixup branch; None where there is none.
+        rest_KS: float64, what else the logits hold: biases of classifier and class; of the mixup branch last.
+        proposal_S: float64 in [0, 1], scores of the proposals.
+        share_S: float64 in [0, 1], weights of the mixup branch.
+    """
+
+    class_S: NDArray[np.int64]
+    logit_KS: Tensor
+    mixup_S: Tensor | None
+    rest_KS: Tensor
+    proposal_S: Tensor
+    share_S: Tensor
+
+    @classmethod
+    def of_detections(
+        cls,
+        detector: Detector,
+        split: DescribedSplit,
+        vocabulary: Vocabulary,
+        scored: Scored,
+        progress: Progress = SILENT,
+    ) -> ScoreParts:
+        """Find the regions of detections again, which are those of their boxes.
+
+        Args:
+            detector: What made the detections.
+            split: Its images.
+            vocabulary: The classes.
+            scored: The detections.
+            progress: Where progress is shown.
+
+        Raises:
+            ConfigError: Detections come from tiles or test-time augmentation, whose regions have several logits.
+            DataError: An image cannot be read.
+        """
+        selection, settings = scored.selection, detector.inference
+        names = [name.strip() for name in scored.truth.category_names]
+        row_C = np.array(
+            [vocabulary.names.index(n) if n in vocabulary.names else -1 for n in names]
+        )
+        class_S = row_C[selection.category_S]
+        box_S4 = scored.results.box_D4[selection.detection_S].copy()
+        box_S4[:, 2:] += box_S4[:, :2]
+        device = detector.network.device
+        text, classifiers = ClassText.of(vocabulary, device), detector.network.classifiers()
+        parts: list[Tensor] = []
+        edges = np.searchsorted(selection.image_S, np.arange(len(scored.truth.image_ids) + 1))
+        with progress.task("finding regions", total=len(edges) - 1, unit="images") as task:
+            for image_id, start, end in zip(scored.truth.image_ids, edges, edges[1:], strict=False):
+                if start < end:
+                    image = detector.scaled(split.images.read_id(image_id), settings)
+                    regions = detector.embed([image], settings)
+                    view, (height, width) = image.views[0].image, image.size
+                    scale_4 = torch.tensor([width / view.shape[2], height / view.shape[1]] * 2)
+                    apart_SR = torch.cdist(
+                        torch.from_numpy(box_S4[start:end]).float(),
+                        regions.boxes_BR4[0].cpu() * scale_4,
+                        p=torch.inf,
+                    ).masked_fill(~regions.valid_BR[0].cpu(), torch.inf)
+                    # Of several regions of one box, the one of the score.
+                    score_SR = class_scores(regions, text, classifiers, settings).cpu().T
+                    score_S1 = torch.from_numpy(selection.score_S[start:end])[:, None]
+                    unlike_SR = (score_SR[class_S[start:end]] - score_S1).abs()
+                    near_SR = apart_SR <= apart_SR.amin(dim=1, keepdim=True) + _SAME_BOX
+                    region_S = unlike_SR.masked_fill(~near_SR, torch.inf).argmin(dim=1).to(device)
+                    steps = [*regions.detection]
+                    steps += [] if regions.mixup_BRD is None else [regions.mixup_BRD]
+                    if settings.rescore:
+                        regions = dataclasses.replace(
+                            regions, proposal_scores_BR=agreed_scores(regions)
+                        )
+                    text_SD = text.text_DC.T[class_S[start:end]]
+                    rows = [
+                        classifier.temperature * (values[0, region_S] * text_SD).sum(dim=1)
+                        for classifier, values in zip(classifiers, steps, strict=True)
+                    ]
+                    parts.append(torch.stack([regions.proposal_scores_BR[0, region_S], *rows]))
+                task.advance()
+        proposal_S, *logits = torch.cat(parts, dim=1).double().cpu()
+        mixup = detector.network.roi_heads.mixup is not None
+        own_S = torch.from_numpy(vocabulary.bias.astype(np.float64))[class_S]
+        share_C = np.where(vocabulary.base, settings.alpha, settings.beta)
+        return cls(
+            class_S=class_S,
+            logit_KS=torch.stack(logits[: len(logits) - mixup]),
+            mixup_S=logits[-1] if mixup else None,
+            rest_KS=torch.stack(
+                [own_S + (0.0 if c.cls_bias is None else c.cls_bias.item()) for c in classifiers]
+            ),
+            proposal_S=proposal_S,
+            share_S=torch.from_numpy(share_C)[class_S],
+        )
+
+    def log_scores(self, scale_S: Tensor, bias_S: Tensor) -> Tensor:
+        """Return the logarithm of the scores with other scorers: (S,), below 0.
+
+        Args:
+            scale_S: By what the scale of each detection's class is multiplied.
+            bias_S: What is added to its bias.
+        """
+        steps = len(self.logit_KS)
+        chance_KS = logsigmoid(scale_S * self.logit_KS + self.rest_KS[:steps] + bias_S)
+        log_S = chance_KS.logsumexp(dim=0) - np.log(steps)
+        if self.mixup_S is not None:
+            mixup_S = logsigmoid(scale_S * self.mixup_S + self.rest_KS[-1] + bias_S)
+            log_S = (1 - self.share_S) * log_S + self.share_S * mixup_S
+        scores_S: Tensor = (self.proposal_S.log() + log_S) / 2
+        return scores_S.clamp(max=-1e-6)
+
+    def fit(
+        self, right_S: NDArray[np.bool_], chosen_S: NDArray[np.bool_], classes: int
+    ) -> NDArray[np.float64]:
+        """Fit the scorers of the classes to which detections are right, by penalised maximum likelihood.
+
+        Args:
+            right_S: Which detections are right.
+            chosen_S: Those that are learned from.
+            classes: C.
+
+        Returns:
+            (2, C): by what the scale of each class is multiplied, and what is added to its bias.
+        """
+        values_2C = torch.zeros(2, classes + 1, dtype=torch.float64, requires_grad=True)
+        own_21, shared_2 = torch.tensor(_OWN_SPREAD)[:, None], torch.tensor(_SHARED_SPREAD)
+        right, wrong = (torch.from_numpy(part & chosen_S) for part in (right_S, ~right_S))
+        optimiser = torch.optim.LBFGS(
+            [values_2C], max_iter=200, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            own_2S = values_2C[:, self.class_S] + values_2C[:, -1:]
+            log_S = self.log_scores(own_2S[0].exp(), own_2S[1])
+            total = -log_S[right].sum() - torch.log(-torch.expm1(log_S[wrong])).sum()
+            total = total + ((values_2C[:, :-1] / own_21) ** 2).sum() / 2
+            total = total + ((values_2C[:, -1] / shared_2) ** 2).sum() / 2
+            total.backward()
+            return total
+
+        with torch.enable_grad():
+            optimiser.step(loss)
+        found_2C = (values_2C[:, :-1] + values_2C[:, -1:]).detach()
+        return np.stack([found_2C[0].exp().numpy(), found_2C[1].numpy()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreChange:
+    """What calibrated scores change: the same detections with scores that were learned from other images."""
+
+    error_before: float
+    """Mean difference of score and share of right detections (expected calibration error, 10 bins) of the detector's scores,"""
+    error: float
+    """and of the calibrated ones."""
+    ap_before: float
+    """Box AP by the detector's scores,"""
+    ap: float
+    """and by the calibrated ones."""
+    saved: bool
+    """Whether the vocabulary has them: the error is smaller and AP no more than half a point lower, or they were asked for in any case."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibratedClass:
     """A class, and what its threshold changes on the images that it was learned from."""
 
@@ -159,6 +350,13 @@ class CalibrationReport:
     """Images that it was learned from."""
     reached: bool
     """Whether the wanted precision is reached on these images; where no thresholds do, they are those with the highest. True without one."""
+    worse: bool
+    """Whether thresholds that were learned from other images serve what was asked for less than the general one: by F1; with a precision,
+    it is neither reached nor better; with a share to keep, recall and F1 are lower. False where there are too few images to know."""
+    saved: bool
+    """Whether the vocabulary has these thresholds: they are not worse, or were asked for in any case; else it keeps what it had."""
+    scores: ScoreChange | None
+    """What calibrated scores change, where they were asked for."""
     not_asked: tuple[str, ...]
     """Annotated categories that are not among the classes."""
 
@@ -171,9 +369,13 @@ def calibrate_vocabulary(
     precision: float | None = None,
     keep: float | None = None,
     score_threshold: float = 0.3,
+    scores: bool = False,
+    even_if_worse: bool = False,
     progress: Progress = SILENT,
 ) -> CalibrationReport:
     """Learn a threshold for each class, for detections with one label a box, as ``predict`` and ``serve`` give them.
+
+    What is worse on images that it was not learned from is not put into the vocabulary.
 
     Args:
         detector: Finds objects.
@@ -183,11 +385,13 @@ def calibrate_vocabulary(
         keep: Instead, the share of the objects that are found at all, however low they score, that shall stay found, in (0, 1).
             Without both: the thresholds with the best F1.
         score_threshold: The general threshold that they are compared with.
+        scores: Calibrate the scores too, before; thresholds are then of these.
+        even_if_worse: Put what was learned into the vocabulary in any case.
         progress: Where progress is shown.
 
     Raises:
-        ConfigError: A share is not in (0, 1), or both are given.
-        DataError: No category is one of the classes, or nothing that is annotated is found.
+        ConfigError: A share is not in (0, 1), or both are given; or scores are to be calibrated with tiles or augmentation.
+        DataError: No category is one of the classes, nothing that is annotated is found, or for scores there are too few images.
     """
     if precision is not None and keep is not None:
         raise ConfigError("precision and keep cannot be combined", hint="leave one of them out")
@@ -196,29 +400,39 @@ def calibrate_vocabulary(
             raise ConfigError(
                 f"{name} is {share}; it must be above 0 and below 1", hint="0.9: nine of ten"
             )
-    annotated = [category.name.strip() for category in split.store.categories]
-    shared = [name for name in vocabulary.reported if name in annotated]
-    if not shared:
+    shared = split.annotated(vocabulary.reported)
+    least, images = detector.inference.score_threshold, len(split.truth.image_ids)
+    if scores and images < 2 * _FOLDS:
         raise DataError(
-            f"{split.truth.name}: none of the classes ({quote_names(vocabulary.reported)}) is among its categories "
-            f"({quote_names(annotated)})",
-            hint="name the classes as the annotations do, or calibrate on images in which they are annotated",
+            f"{split.truth.name} has {images} images: too few to see whether calibrated scores are better",
+            hint=f"calibrate scores on {2 * _FOLDS} images or more",
             path=split.truth.path,
         )
-    evaluation = evaluate_split(
-        detector.with_settings(agnostic_nms=True, masks=False),
-        split,
-        vocabulary=vocabulary,
-        config=EvaluationConfig(bootstrap=0, iou_types=("bbox",)),
-        progress=progress,
-    )
-    if evaluation is None or (scored := evaluation.main) is None:
-        raise DataError(
-            f"{split.truth.name} is scored by a protocol without matches of single detections",
-            hint="calibrate on annotations of COCO's or LVIS's kind",
-            path=split.truth.path,
+    one_label = detector.with_settings(agnostic_nms=True, masks=False)
+
+    def evaluated(words: Vocabulary) -> Evaluation:
+        found = evaluate_split(
+            one_label, split, vocabulary=words, config=_CONFIG, progress=progress
         )
-    names = [name.strip() for name in scored.truth.category_names]
+        if found is None or found.main is None:
+            raise DataError(
+                f"{split.truth.name} is scored by a protocol without matches of single detections",
+                hint="calibrate on annotations of COCO's or LVIS's kind",
+                path=split.truth.path,
+            )
+        return found
+
+    fold_I = np.random.default_rng(0).permutation(images) % _FOLDS
+    evaluation, change = evaluated(vocabulary), None
+    if scores:
+        calibrated, change = _with_scores(
+            one_label, split, vocabulary, evaluation, fold_I, progress, even_if_worse
+        )
+        if change.saved:
+            vocabulary, evaluation = calibrated, evaluated(calibrated)
+    scored = evaluation.main
+    assert scored is not None
+    names = tuple(name.strip() for name in scored.truth.category_names)
     asked_C = np.isin(names, shared)
     selection = scored.matches.selection
     class_S, score_S = selection.category_S, selection.score_S
@@ -232,7 +446,6 @@ def calibrate_vocabulary(
         )
     matches = scored.matches
     counted_G = matches.counts_GA[:, 0] & asked_C[matches.ann_category_G]
-    images = len(scored.truth.image_ids)
 
     def learn(image_I: NDArray[np.bool_]) -> tuple[Floats, float]:
         """Learn from some images: the thresholds of the categories, and that of a class without detections."""
@@ -245,7 +458,6 @@ def calibrate_vocabulary(
         probability_S = fitted.probability(score_S[chosen_S], class_S[chosen_S])
         objects = int((counted_G & image_I[matches.ann_image_G]).sum())
         limit = _best_probability(probability_S, right_S[chosen_S], objects, precision, keep)
-        least = detector.inference.score_threshold
         thresholds = np.clip(fitted.thresholds(limit), least, 1)
         return thresholds[:-1], float(thresholds[-1])
 
@@ -256,12 +468,13 @@ def calibrate_vocabulary(
         operating_point(scored, general_S, f"score above {score_threshold:g}", classes=asked_C),
         operating_point(scored, threshold_C[class_S], "thresholds of the classes", classes=asked_C),
     ]
+    worse = False
     if images >= 2 * _FOLDS:
-        fold_I = np.random.default_rng(0).permutation(images) % _FOLDS
         elsewhere_FC = np.stack([learn(fold_I != fold)[0] for fold in range(_FOLDS)])
         elsewhere_S = elsewhere_FC[fold_I[selection.image_S], class_S]
         name = "the same, learned from other images"
         points.append(operating_point(scored, elsewhere_S, name, classes=asked_C))
+        worse = _is_worse(points[2], points[0], precision, keep)
     own = dict(zip(names, threshold_C.tolist(), strict=True))
     number = {name: row for row, name in enumerate(names)}
     objects_C = np.bincount(matches.ann_category_G[counted_G], minlength=len(names))
@@ -291,16 +504,82 @@ def calibrate_vocabulary(
                 wrong=counts[3],
             )
         )
-    threshold_V = np.full(len(vocabulary), np.nan)
-    threshold_V[: len(classes)] = [entry.threshold for entry in classes]
+    if saved := even_if_worse or not worse:
+        threshold_V = np.full(len(vocabulary), np.nan)
+        threshold_V[: len(classes)] = [entry.threshold for entry in classes]
+        vocabulary = vocabulary.with_scorers(threshold=threshold_V)
     return CalibrationReport(
-        vocabulary=vocabulary.with_scorers(threshold=threshold_V),
+        vocabulary=vocabulary,
         classes=tuple(classes),
         points=tuple(points),
         images=images,
         reached=precision is None or (points[1].precision or 0.0) >= precision,
-        not_asked=tuple(name for name in annotated if name not in shared),
+        worse=worse,
+        saved=saved,
+        scores=change,
+        not_asked=tuple(name for name in names if name not in shared),
     )
+
+
+def _with_scores(
+    detector: Detector,
+    split: DescribedSplit,
+    vocabulary: Vocabulary,
+    evaluation: Evaluation,
+    fold_I: NDArray[np.int64],
+    progress: Progress,
+    even_if_worse: bool,
+) -> tuple[Vocabulary, ScoreChange]:
+    """Return the vocabulary with calibrated scores, and what they change on images that they were not learned from."""
+    scored = evaluation.main
+    assert scored is not None
+    selection, results = scored.selection, evaluation.results
+    parts = ScoreParts.of_detections(detector, split, vocabulary, scored, progress)
+    # The matches may be of fewer detections; those left out are neither right nor wrong.
+    place_D = np.full(len(results), -1)
+    place_D[selection.detection_S] = np.arange(len(selection))
+    right_S, used_S = np.zeros((2, len(selection)), dtype=bool)
+    right_M, wrong_M = right_and_wrong(scored.matches)
+    place_M = place_D[scored.matches.selection.detection_S]
+    right_S[place_M], used_S[place_M] = right_M, right_M | wrong_M
+    score_D = results.score_D.copy()
+    for fold in range(_FOLDS):
+        here_S = fold_I[selection.image_S] == fold
+        scale_C, bias_C = parts.fit(right_S, used_S & ~here_S, len(vocabulary))
+        log_S = parts.log_scores(
+            torch.from_numpy(scale_C)[parts.class_S], torch.from_numpy(bias_C)[parts.class_S]
+        )
+        score_D[selection.detection_S[here_S]] = log_S.exp().numpy()[here_S]
+    other = run_evaluation(
+        dataclasses.replace(results, score_D=score_D), split.truth, config=_CONFIG
+    )
+    assert other.main is not None
+    before, after = (calibrate(part.matches).error or 0.0 for part in (scored, other.main))
+    ap_before, ap = (part.report.ap or 0.0 for part in (evaluation, other))
+    better = after < before and ap >= ap_before - _MOST_LOST
+    scale_C, bias_C = parts.fit(right_S, used_S, len(vocabulary))
+    reported_C = ~vocabulary.background
+    calibrated = vocabulary.with_scorers(
+        scale=np.where(reported_C, scale_C, 1) * vocabulary.scale,
+        bias=np.where(reported_C, bias_C, 0) + vocabulary.bias,
+    )
+    change = ScoreChange(
+        error_before=before, error=after, ap_before=ap_before, ap=ap, saved=better or even_if_worse
+    )
+    return calibrated, change
+
+
+def _is_worse(
+    point: OperatingPoint, general: OperatingPoint, precision: float | None, keep: float | None
+) -> bool:
+    """Whether thresholds serve what was asked for less than the general one; see `CalibrationReport.worse`."""
+    if precision is not None:
+        return (point.precision or 0.0) < min(precision, general.precision or 0.0)
+
+    def f1(of: OperatingPoint) -> float:
+        return 2 * of.right / max(of.right + of.wrong + of.objects, 1)
+
+    return f1(point) < f1(general) and (keep is None or point.right < general.right)
 
 
 def _best_probability(

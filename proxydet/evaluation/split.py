@@ -5,6 +5,7 @@ Dimensions: C categories of the data set.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,10 @@ from proxydet.data.image_labels import match_tars, synset_of_wnid
 from proxydet.data.images import Pixels, open_annotated_image, require_distinct_files
 from proxydet.data.records import Identifier
 from proxydet.data.store import AnnotationStore
+from proxydet.errors import DataError
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.reporting import SILENT, Progress
+from proxydet.vocabulary.names import quote_names
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 
@@ -158,6 +161,23 @@ class DescribedSplit:
         if data.config.vocabulary is not None:
             _ = data.vocabulary
         return cls(data, name, store, protocol)
+
+    def annotated(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return those of some classes that are categories of the split.
+
+        Raises:
+            DataError: None is.
+        """
+        categories = [category.name.strip() for category in self.store.categories]
+        shared = tuple(name for name in names if name in categories)
+        if not shared:
+            raise DataError(
+                f"{self.data.config.name}: none of the classes ({quote_names(names)}) is among its categories "
+                f"({quote_names(categories)})",
+                hint="name the classes as the annotations do, or calibrate on images in which they are annotated",
+                path=self.data.config.split(self.name).annotations,
+            )
+        return shared
 
     @property
     def images(self) -> AnnotatedImages:

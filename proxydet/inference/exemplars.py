@@ -1,4 +1,6 @@
-"""Exemplars as users keep them: crops in folders or annotated images, read, embedded by a detector, and made into classes.
+"""Exemplars as users keep them: crops in folders or annotated images, read, embedded by a detector or by CLIP, and made into classes.
+
+Finding them loads no torch, so that mistakes are reported before a detector is opened.
 
 Dimensions: A boxes of an image, N exemplars of a class, S steps of the detection branch, D embedding, C classes.
 """
@@ -30,8 +32,6 @@ from proxydet.data.images import (
 )
 from proxydet.data.sources import holds_annotations, open_config
 from proxydet.errors import DataError, InputError, RuntimeEnvironmentError, VocabularyError
-from proxydet.modeling.postprocess import to_host
-from proxydet.modeling.weights import weights_digest
 from proxydet.models import configuration_of
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
@@ -40,12 +40,16 @@ from proxydet.vocabulary.exemplars import (
     ExemplarClasses,
     RegionStatistics,
     classes_of_exemplars,
+    classes_of_images,
 )
 from proxydet.vocabulary.vocabulary import FloatArray, Vocabulary, check_names
 from proxydet.wording import counted, first_of
 
 if TYPE_CHECKING:
     from proxydet.detector import Detector
+    from proxydet.vocabulary.encoder import ClipTextEncoder
+
+    Embed = Callable[[list[Pixels], list[FloatArray]], list[FloatArray]]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +64,10 @@ _SMALLEST_SIDE = 1.0
 """Pixels of a box's shorter side below which there is nothing to see."""
 _FRAME = 0.5
 """Width of the frame around a crop, in sides of the crop."""
+_CONTEXT = 1.25
+"""Side of the square that CLIP sees of a box, in longer sides of the box."""
+_MOST_WHOLE = 200
+"""Whole images that CLIP sees."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -269,14 +277,46 @@ def framed(pixels_HW3: Pixels) -> tuple[Pixels, FloatArray]:
     return image, np.array([[left, top, left + width, top + height]], np.float32)
 
 
+def in_detector(detector: Detector) -> Embed:
+    """Return what embeds boxes by what a detector sees in them: the mean over its steps."""
+    return lambda images, boxes: [own.mean(axis=1) for own in detector.embed_boxes(images, boxes)]
+
+
+def in_clip(encoder: ClipTextEncoder) -> Embed:
+    """Return what embeds boxes by CLIP's image tower: squares around them, in their images."""
+
+    def square(pixels_HW3: Pixels, box_4: FloatArray) -> Pixels:
+        side = _CONTEXT * float((box_4[2:] - box_4[:2]).max())
+        centre, limit = (box_4[:2] + box_4[2:]) / 2, np.array(pixels_HW3.shape[1::-1])
+        # Moved into the image where it fits there, else cut off.
+        low = np.clip(centre - side / 2, 0, np.maximum(limit - side, 0))
+        left, top = np.floor(low).astype(int)
+        right, bottom = np.ceil(np.minimum(low + side, limit)).astype(int)
+        return pixels_HW3[top:bottom, left:right]
+
+    def embed(images: list[Pixels], boxes: list[FloatArray]) -> list[FloatArray]:
+        crops = [
+            square(image, box) for image, own in zip(images, boxes, strict=True) for box in own
+        ]
+        ends = np.cumsum([len(own) for own in boxes])
+        return np.split(encoder.encode_images(crops), ends[:-1])
+
+    return embed
+
+
 def embed_shown(
-    detector: Detector, shown: ShownClasses, *, progress: Progress = SILENT
+    embed: Embed, shown: ShownClasses, *, progress: Progress = SILENT
 ) -> Iterator[tuple[ShownImage, npt.NDArray[np.int64], FloatArray]]:
     """Embed exemplars, a few images at a time.
 
+    Args:
+        embed: `in_detector` or `in_clip`.
+        shown: The exemplars.
+        progress: Where progress is shown.
+
     Yields:
         An image, which of its exemplars show anything (regions of one colour are left out, and counted in a warning), and
-        their region embeddings (A, D), the mean over the steps.
+        their embeddings (A, D).
 
     Raises:
         DataError: An image cannot be read.
@@ -298,24 +338,25 @@ def embed_shown(
                 kept.append(np.flatnonzero(lively))
                 images.append(pixels_HW3)
                 boxes.append(box_A4[kept[-1]])
-            # Crowded images go through the network alone, in pieces.
             if sum(map(len, boxes)) <= _BOXES_AT_ONCE:
-                found = detector.embed_boxes(images, boxes)
-            else:
-                found = [_in_pieces(detector, i, b) for i, b in zip(images, boxes, strict=True)]
-            for image, own_K, own_ASD in zip(some, kept, found, strict=True):
-                yield image, own_K, own_ASD.mean(axis=1)
+                found = embed(images, boxes)
+            else:  # crowded images alone, in pieces
+                found = [
+                    np.concatenate(
+                        [
+                            embed([pixels_HW3], [own[first : first + _BOXES_AT_ONCE]])[0]
+                            for first in range(0, max(len(own), 1), _BOXES_AT_ONCE)
+                        ]
+                    )
+                    for pixels_HW3, own in zip(images, boxes, strict=True)
+                ]
+            for image, own_K, own_AD in zip(some, kept, found, strict=True):
+                yield image, own_K, own_AD
                 task.advance()
     if plain:
         logger.warning(
             "%s of one colour left out: %s", counted(len(plain), "exemplar"), first_of(plain)
         )
-
-
-def _in_pieces(detector: Detector, pixels_HW3: Pixels, boxes_A4: FloatArray) -> FloatArray:
-    starts = range(0, max(len(boxes_A4), 1), _BOXES_AT_ONCE)
-    pieces = [boxes_A4[start : start + _BOXES_AT_ONCE] for start in starts]
-    return np.concatenate([detector.embed_boxes([pixels_HW3], [piece])[0] for piece in pieces])
 
 
 def _is_lively(pixels_HW3: Pixels, box_4: FloatArray) -> bool:
@@ -326,9 +367,32 @@ def _is_lively(pixels_HW3: Pixels, box_4: FloatArray) -> bool:
 # --- What the detector's regions look like -----------------------------------------------------------------------------
 
 
+def find_statistics_images(source: Path | str, *, progress: Progress = SILENT) -> ShownClasses:
+    """Find the images that `region_statistics` are computed from, at most 1,000, chosen at random.
+
+    Args:
+        source: Annotations, or a folder of any images.
+        progress: Where the conversion of annotations is shown.
+
+    Raises:
+        DataError: There are none, or they cannot be read.
+    """
+    path = Path(source)
+    if path.is_dir() and not holds_annotations(path):
+        shown = ShownClasses.of_images(images_below(path))
+        if not shown.images:
+            raise DataError(
+                f"{path} holds no images", hint="name a folder of images, or annotations", path=path
+            )
+    else:
+        shown = find_exemplars(path, most=_MOST_FOR_STATISTICS, progress=progress)
+    some = np.sort(np.random.default_rng(0).permutation(len(shown.images))[:_MOST_IMAGES])
+    return replace(shown, images=[shown.images[index] for index in some])
+
+
 def region_statistics(
     detector: Detector,
-    images: Path | str | None = None,
+    images: ShownClasses | Path | str | None = None,
     *,
     otherwise: ShownClasses | None = None,
     seconds: float = math.inf,
@@ -341,7 +405,8 @@ def region_statistics(
     Args:
         detector: The detector.
         images: What to compute them from: annotations with names of the training's base classes; or any images, in which the
-            detector finds these classes itself. None: stored ones, or the training images of the run.
+            detector finds these classes itself; or what `find_statistics_images` found there. None: stored ones, or the training
+            images of the run.
         otherwise: Images to see the spread of regions in where there are none of these; how regions and texts belong together is
             then assumed, and nothing is stored.
         seconds: After so much time the images are enough, and nothing is stored.
@@ -351,6 +416,8 @@ def region_statistics(
         VocabularyError: There is nothing to compute them from, or too little is found in it.
         DataError: Images or annotations cannot be read.
     """
+    from proxydet.modeling.weights import weights_digest
+
     weights = weights_digest(detector.network)
     temperature = detector.network.config.classifier.temperature
     home = detector.folder or cache_folder("statistics") / weights[:32]
@@ -374,23 +441,23 @@ def region_statistics(
             "proxydet vocab build makes them, once"
         )
         regions, _ = _found_regions(detector, otherwise, progress, above=0.0, until=until)
-        regions += [own_KD for _, _, own_KD in embed_shown(detector, otherwise, progress=progress)]
+        seen = embed_shown(in_detector(detector), otherwise, progress=progress)
+        regions += [own_KD for _, _, own_KD in seen]
         return RegionStatistics.assumed(
             np.concatenate(regions), detector.vocabulary, weights=weights, temperature=temperature
         )
-    path = Path(images)
-    if path.is_dir() and not holds_annotations(path):
-        shown = ShownClasses.of_images(images_below(path))
-    else:
-        shown = find_exemplars(path, most=_MOST_FOR_STATISTICS, progress=progress)
-    some = np.sort(np.random.default_rng(0).permutation(len(shown.images))[:_MOST_IMAGES])
-    shown = replace(shown, images=[shown.images[index] for index in some])
+    shown = (
+        images
+        if isinstance(images, ShownClasses)
+        else find_statistics_images(images, progress=progress)
+    )
     # Of base classes only: regions of novel ones are not where the training wants them.
     trained = {n: r for r, n in enumerate(detector.vocabulary.names) if detector.vocabulary.base[r]}
     row_C = np.array([trained.get(name, -1) for name in shown.names], dtype=np.int64)
     if np.count_nonzero(row_C >= 0) > 1:
         regions, rows = [], []
-        for image, kept_K, own_KD in embed_shown(detector, shown, progress=progress):
+        seen = embed_shown(in_detector(detector), shown, progress=progress)
+        for image, kept_K, own_KD in seen:
             row_K = row_C[image.classes_A[kept_K]]
             regions.append(own_KD[row_K >= 0])
             rows.append(row_K[row_K >= 0])
@@ -417,6 +484,8 @@ def _found_regions(
     detector: Detector, shown: ShownClasses, progress: Progress, *, above: float, until: float
 ) -> tuple[list[FloatArray], list[npt.NDArray[np.int64]]]:
     """Detect the training classes in images, and embed what is found."""
+    from proxydet.modeling.postprocess import to_host
+
     vocabulary = detector.vocabulary
     settings = detector.settings(
         score_threshold=above,
@@ -455,61 +524,124 @@ def _training_data(detector: Detector) -> Path | None:
 # --- Classes ---------------------------------------------------------------------------------------------------------
 
 
+TextOf = Callable[[Sequence[str]], Vocabulary]
+"""Embeds names, to make each class of its exemplars and of its name."""
+
+
+class _Exemplars:
+    """Embeddings of exemplars by class; those without any usable one are left out, with a warning.
+
+    Attributes:
+        names: C class names.
+        embeddings: Those of each class (N, D).
+
+    Raises:
+        VocabularyError: No class has a usable exemplar.
+        DataError: An image cannot be read.
+    """
+
+    def __init__(self, embed: Embed, shown: ShownClasses, progress: Progress) -> None:
+        rows: list[list[FloatArray]] = [[] for _ in shown.names]
+        places: list[list[str]] = [[] for _ in shown.names]
+        for image, kept_K, own_KD in embed_shown(embed, shown, progress=progress):
+            for number, row_D in zip(kept_K.tolist(), own_KD, strict=True):
+                row = int(image.classes_A[number])
+                rows[row].append(row_D)
+                box = (
+                    ""
+                    if image.boxes_A4 is None
+                    else f" {image.boxes_A4[number].round().astype(int).tolist()}"
+                )
+                places[row].append(f"{image.name}{box}")
+        present = [row for row, own in enumerate(rows) if own]
+        if not present:
+            raise VocabularyError(
+                "no exemplar can be used: all show one colour",
+                hint="give regions that show the things",
+            )
+        if absent := [name for row, name in enumerate(shown.names) if not rows[row]]:
+            logger.warning("no exemplars of %s: left out", first_of(absent))
+        self.names = [shown.names[row] for row in present]
+        self.embeddings = [np.stack(rows[row]) for row in present]
+        self._places = [places[row] for row in present]
+
+    def report_outliers(self, made: ExemplarClasses) -> ExemplarClasses:
+        """Log which exemplars were left out; return the classes."""
+        for name, places, outlier_N in zip(self.names, self._places, made.outliers, strict=True):
+            listed = [place for place, out in zip(places, outlier_N, strict=True) if out]
+            if listed:
+                logger.warning(
+                    "%r: %s unlike the others left out: %s",
+                    name, counted(len(listed), "exemplar"), first_of(listed),
+                )  # fmt: skip
+        return made
+
+
 def build_from_exemplars(
     detector: Detector,
     shown: ShownClasses,
     statistics: RegionStatistics,
     *,
-    text_of: Callable[[Sequence[str]], Vocabulary] | None = None,
+    text_of: TextOf | None = None,
+    images: Vocabulary | None = None,
     progress: Progress = SILENT,
 ) -> ExemplarClasses:
-    """Make classes of exemplars; those without any usable one are left out, with a warning.
+    """Make classes of what a detector sees in exemplars; those without any usable one are left out, with a warning.
 
     Args:
         detector: What will look for them.
         shown: The exemplars.
         statistics: Of this detector.
-        text_of: Embeds names, to make each class of its exemplars and of its name; None: of its exemplars alone.
+        text_of: Makes each class of its exemplars and of its name; None: of its exemplars alone.
+        images: What `build_in_clip` made of them: each class is the mean of both.
         progress: Where progress is shown.
 
     Raises:
         VocabularyError: No class has a usable exemplar, or the names cannot be embedded.
         DataError: An image cannot be read.
     """
-    regions: list[list[FloatArray]] = [[] for _ in shown.names]
-    places: list[list[str]] = [[] for _ in shown.names]
-    for image, kept_K, own_KD in embed_shown(detector, shown, progress=progress):
-        for number, row_D in zip(kept_K.tolist(), own_KD, strict=True):
-            row = int(image.classes_A[number])
-            regions[row].append(row_D)
-            box = (
-                ""
-                if image.boxes_A4 is None
-                else f" {image.boxes_A4[number].round().astype(int).tolist()}"
-            )
-            places[row].append(f"{image.name}{box}")
-    present = [row for row, own in enumerate(regions) if own]
-    names = [shown.names[row] for row in present]
-    if not names:
-        raise VocabularyError(
-            "no exemplar can be used: all show one colour", hint="give regions that show the things"
-        )
-    if absent := [name for row, name in enumerate(shown.names) if not regions[row]]:
-        logger.warning("no exemplars of %s: left out", first_of(absent))
-    text = None if text_of is None else text_of(names)
-    made = classes_of_exemplars(
-        names, [np.stack(regions[row]) for row in present], statistics, text
-    )
-    for row, name, outlier_N in zip(present, names, made.outliers, strict=True):
-        if outlier_N.any():
-            listed = [
-                place for place, outlier in zip(places[row], outlier_N, strict=True) if outlier
-            ]
-            logger.warning(
-                "%r: %s unlike the others left out: %s",
-                name, counted(len(listed), "exemplar"), first_of(listed),
-            )  # fmt: skip
-    return made
+    found = _Exemplars(in_detector(detector), shown, progress)
+    text = None if text_of is None else text_of(found.names)
+    made = classes_of_exemplars(found.names, found.embeddings, statistics, text, images=images)
+    return found.report_outliers(made)
+
+
+def build_in_clip(
+    encoder: ClipTextEncoder,
+    shown: ShownClasses,
+    reference: Vocabulary,
+    *,
+    others: ShownClasses | None = None,
+    text_of: TextOf | None = None,
+    progress: Progress = SILENT,
+) -> ExemplarClasses:
+    """Make classes of what CLIP's image tower sees in exemplars, for every detector that was trained with its texts.
+
+    Args:
+        encoder: CLIP.
+        shown: The exemplars. Of boxes in images, the whole images show what the classes are told from.
+        reference: Names of any things, embedded by the same CLIP.
+        others: Further images, to tell the classes from.
+        text_of: As of `build_from_exemplars`.
+        progress: Where progress is shown.
+
+    Raises:
+        VocabularyError: As of `build_from_exemplars`; or the only class has nothing that it could be told from.
+        CheckpointError: The weights have no image tower.
+        DataError: An image cannot be read.
+    """
+    found = _Exemplars(in_clip(encoder), shown, progress)
+    whole = [image for image in shown.images if image.boxes_A4 is not None]
+    whole += [] if others is None else others.images
+    some = np.random.default_rng(0).permutation(len(whole))[:_MOST_WHOLE]
+    seen = [np.zeros((0, encoder.dim), np.float32)]
+    with progress.task("embedding whole images", total=len(some), unit="images") as task:
+        for index in some:
+            seen.append(encoder.encode_images([whole[index].read()]))
+            task.advance()
+    text = None if text_of is None else text_of(found.names)
+    made = classes_of_images(found.names, found.embeddings, np.concatenate(seen), reference, text)
+    return found.report_outliers(made)
 
 
 def vocabulary_of_exemplars(

@@ -292,6 +292,8 @@ def stream_images(
 def read_list(path: Path) -> Iterator[str]:
     """Yield the names in a list: one a line, or separated by NUL as ``find -print0`` writes them.
 
+    Of lines, empty ones and those that start with ``#`` are skipped; ``./#1.jpg`` names a file that does.
+
     Args:
         path: The file; ``.gz`` is unpacked.
 
@@ -312,12 +314,18 @@ def read_list(path: Path) -> Iterator[str]:
         yield from _names([rest], mark)
 
 
+def names_in_list(data: bytes) -> Iterator[str]:
+    """Yield the names in the content of a list, as `read_list` does."""
+    mark = b"\0" if b"\0" in data else b"\n"
+    return _names(data.split(mark), mark)
+
+
 def _names(raw: Iterable[bytes], mark: bytes) -> Iterator[str]:
     for data in raw:
         name = os.fsdecode(data if mark == b"\0" else data.rstrip(b"\r"))
         if mark != b"\0" and name.strip() != name and not os.path.lexists(name):
             name = name.strip()
-        if name:
+        if name and (mark == b"\0" or not name.startswith("#")):
             yield name
 
 

@@ -6,6 +6,9 @@ found whole, joins those that continue each other, and applies NMS to the rest a
 network, which knows of no tiles. Background, and what is below its class's own threshold, is left out at the end: a tile that
 sees the whole of an object as background corrects one that reports its fragment.
 
+With several labels a box, background takes single regions from the classes before NMS, which no prediction tells; so a tile does
+that, and each background class has a copy there that is reported.
+
 Dimensions: N detections, F fragments among them, P pairs of fragments, M masks, S side of a mask.
 """
 
@@ -36,6 +39,8 @@ _ALIGNED = 0.5
 _KEPT = 16
 # Pairs of boxes that are compared at once.
 _PAIRS = 2**21
+# The logits of a copy of a background class are above the class's own by this, or that would take its regions.
+_ABOVE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,7 @@ class TileMerger:
         classes: What is detected; None: the classes of the training.
 
     Attributes:
-        classes: What to detect in each tile. With one label a region background is reported and classes have no own thresholds
-            there; with several, both filter each region, as without tiles.
+        classes: What to detect in each tile: background is reported, after all others, and classes have no own thresholds.
         detecting: The settings to detect with in each tile.
     """
 
@@ -95,18 +99,30 @@ class TileMerger:
         self.classes, self.detecting = classes, replace(settings, tiles=0)
         # What each class must score above to be reported; None: all that is detected is.
         self._threshold_C: Tensor | None = None
-        one_label = settings.agnostic_nms or settings.one_class_per_proposal
-        if classes is not None and one_label:
-            own_C, background_C = classes.threshold, classes.background
-            if background_C.any() or np.isfinite(own_C).any():
-                threshold_C = np.where(np.isnan(own_C), settings.score_threshold, own_C)
-                self.classes = classes.with_scorers(threshold=None, background=None)
-                self.detecting = replace(
-                    self.detecting,
-                    score_threshold=float(threshold_C.min()),
-                    max_detections=self._most,
+        if classes is not None and (
+            classes.background.any() or np.isfinite(classes.threshold).any()
+        ):
+            asked, hidden = len(classes.reported), classes.names[len(classes.reported) :]
+            self.classes = classes.with_scorers(threshold=None, background=None)
+            if hidden and not (settings.agnostic_nms or settings.one_class_per_proposal):
+                copies = self.classes.subset(hidden)
+                copies = Vocabulary.from_arrays(
+                    [f"{name}\0" for name in hidden],
+                    copies.embeddings,
+                    copies.base,
+                    bias=copies.bias + _ABOVE,
+                    scale=copies.scale,
                 )
-                self._threshold_C = torch.tensor(np.where(background_C, np.inf, threshold_C))
+                self.classes = classes.with_scorers(threshold=None).joined(copies)
+            own_C = classes.threshold[:asked]
+            threshold_C = np.where(np.isnan(own_C), settings.score_threshold, own_C)
+            self.detecting = replace(
+                self.detecting,
+                score_threshold=float(threshold_C.min()),
+                max_detections=self._most,
+            )
+            self._threshold_C = torch.full((len(self.classes),), torch.inf)
+            self._threshold_C[:asked] = torch.from_numpy(threshold_C)
         self._parts: list[Prediction] = []
         # Of each detection, whether its tile cuts it left, above, right and below, and whether that is the whole image.
         self._marks: list[Tensor] = []

@@ -1,6 +1,6 @@
-"""Text encoders: from class names to embeddings.
+"""Text encoders: from class names to embeddings; and CLIP's image tower, which embeds images in the same space.
 
-Dimensions: C classes, T texts, L tokens, D embedding.
+Dimensions: C classes, T texts, L tokens, N images, D embedding.
 """
 
 from __future__ import annotations
@@ -135,10 +135,33 @@ def read_text_tower(path: Path) -> dict[str, torch.Tensor]:
             hint="give a CLIP checkpoint of OpenAI or open_clip, or run: proxydet download clip-vit-b32",
             path=path,
         )
-    return {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in tower.items()
-    }
+    return _as_float(tower)
+
+
+def read_image_tower(path: Path) -> dict[str, torch.Tensor]:
+    """Read the image tower of a CLIP checkpoint; its other tensors are left in the file.
+
+    Args:
+        path: As of `read_text_tower`.
+
+    Returns:
+        Tensors by the names that open_clip gives them below ``visual.``, float32 where they are numbers.
+
+    Raises:
+        CheckpointError: The file cannot be read, or holds no image tower.
+    """
+    tensors = read_state_dict(path, parts=("visual.",))
+    if not tensors:
+        raise CheckpointError(
+            f"{path} does not contain a CLIP image tower",
+            hint="give a whole CLIP checkpoint of OpenAI or open_clip, or run: proxydet download clip-vit-b32",
+            path=path,
+        )
+    return _as_float({name.removeprefix("visual."): t for name, t in tensors.items()})
+
+
+def _as_float(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
 
 
 DEFAULT_MODEL = "ViT-B-32-quickgelu"
@@ -146,6 +169,7 @@ DEFAULT_MODEL = "ViT-B-32-quickgelu"
 
 _CHUNK = 256
 _LENGTH_STEP = 8
+_IMAGES_AT_ONCE = 32
 
 
 def default_clip_weights() -> Path:
@@ -181,7 +205,7 @@ def open_encoder(
 
 
 class ClipTextEncoder:
-    """CLIP's text tower through open_clip, loaded when a text is not in the cache.
+    """CLIP's text tower through open_clip, loaded when a text is not in the cache; and its image tower, when an image is embedded.
 
     Args:
         weights: CLIP checkpoint.
@@ -243,6 +267,59 @@ class ClipTextEncoder:
             known.update(fresh)
         return np.stack([known[text] for text in names])
 
+    def encode_images(self, images: Sequence[npt.NDArray[np.uint8]]) -> Floats:
+        """Embed images in the space of the texts, by the image tower of the same weights.
+
+        Args:
+            images: RGB (H, W, 3), each scaled to the tower's square; crops should be squares.
+
+        Returns:
+            (N, D) float32, not normalised.
+
+        Raises:
+            VocabularyError: open_clip has no such model, or its image tower is of another kind.
+            CheckpointError: The weights have no image tower, or are not those of the model.
+        """
+        import torch
+        from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+        from PIL import Image
+
+        with self._lock:
+            tower, (height, width) = self._image_tower
+        rows = [np.zeros((0, self.dim), np.float32)]
+        for start in range(0, len(images), _IMAGES_AT_ONCE):
+            scaled = [
+                Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+                for pixels in images[start : start + _IMAGES_AT_ONCE]
+            ]
+            value_NHW3 = np.stack([np.asarray(each, np.float32) / 255 for each in scaled])
+            value_NHW3 = (value_NHW3 - OPENAI_DATASET_MEAN) / OPENAI_DATASET_STD
+            given = torch.from_numpy(value_NHW3.astype(np.float32)).permute(0, 3, 1, 2)
+            with torch.inference_mode():
+                rows.append(tower(given.to(self.device)).float().cpu().numpy())
+        return np.concatenate(rows)
+
+    @cached_property
+    def _image_tower(self) -> tuple[torch.nn.Module, tuple[int, int]]:
+        """The tower, and height and width of what it takes."""
+        import torch
+        from open_clip.model import CLIP
+
+        config = _model_config(self.model)
+        vision = config["vision_cfg"]
+        if vision.get("timm_model_name"):
+            raise VocabularyError(
+                f"the image tower of {self.model!r} is not supported (it is timm's {vision['timm_model_name']})",
+                hint="take a model with an image tower of open_clip's own, such as ViT-B-32-quickgelu",
+            )
+        with torch.device("meta"):
+            quick = bool(config.get("quick_gelu"))
+            tower = CLIP(config["embed_dim"], vision, {}, quick_gelu=quick).visual
+        given = read_image_tower(self.weights)
+        size = vision.get("image_size", 224)
+        ready = _with_weights(tower, given, self.weights, f"the image tower of {self.model}")
+        return ready.to(self.device), (size, size) if isinstance(size, int) else tuple(size)
+
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, start and end included; more than `context_length` cannot be encoded."""
         return [len(self._tokenizer.encode(text)) + 2 for text in texts]
@@ -264,7 +341,21 @@ class ClipTextEncoder:
 
     @cached_property
     def _tower(self) -> torch.nn.Module:
-        return _load_tower(self._settings, self.weights, self.model).to(self.device)
+        import torch
+        from open_clip.transformer import QuickGELU, TextTransformer
+
+        arguments = {k: v for k, v in self._settings.items() if k not in ("quick_gelu", "cut")}
+        with torch.device("meta"):
+            tower = TextTransformer(
+                **arguments,
+                act_layer=QuickGELU if self._settings["quick_gelu"] else torch.nn.GELU,
+            )
+        given = read_text_tower(self.weights)
+        ready = _with_weights(tower, given, self.weights, f"the text tower of {self.model}")
+        if tower.attn_mask is not None:
+            # Not in checkpoints, and made on the meta device above.
+            tower.attn_mask = _causal_mask(tower.num_pos)
+        return ready.to(self.device)
 
     def _encode_texts(self, texts: Sequence[str]) -> dict[str, Floats]:
         counts = self.token_counts(texts)
@@ -308,6 +399,19 @@ class ClipTextEncoder:
         return encoded
 
 
+def _model_config(model: str) -> dict[str, Any]:
+    """Return open_clip's configuration of a model; VocabularyError where it has none."""
+    import open_clip
+
+    config: dict[str, Any] | None = open_clip.get_model_config(model)
+    if config is None:
+        raise VocabularyError(
+            f"open_clip has no model {model!r}",
+            hint="see open_clip.list_models(); OpenAI's weights need ...-quickgelu",
+        )
+    return config
+
+
 def _tower_settings(model: str) -> dict[str, Any]:
     """Look up the configuration of a model's text tower.
 
@@ -321,15 +425,9 @@ def _tower_settings(model: str) -> dict[str, Any]:
     Raises:
         VocabularyError: open_clip has no such model, or its text tower is of another kind.
     """
-    import open_clip
     from open_clip.transformer import TextTransformer
 
-    config = open_clip.get_model_config(model)
-    if config is None:
-        raise VocabularyError(
-            f"open_clip has no model {model!r}",
-            hint="see open_clip.list_models(); OpenAI's weights need ...-quickgelu",
-        )
+    config = _model_config(model)
     text = {key: value for key, value in config["text_cfg"].items() if value is not None}
     accepted = set(inspect.signature(TextTransformer.__init__).parameters)
     foreign = sorted(set(text) - accepted)
@@ -349,26 +447,17 @@ def _tower_settings(model: str) -> dict[str, Any]:
     }
 
 
-def _load_tower(settings: dict[str, Any], weights: Path, model: str) -> torch.nn.Module:
-    """Build a text tower with its weights.
+def _with_weights(
+    tower: torch.nn.Module, given: dict[str, torch.Tensor], weights: Path, title: str
+) -> torch.nn.Module:
+    """Put weights into a tower that was built without; CheckpointError where they are not its own.
 
     Args:
-        settings: What `_tower_settings` gave.
-        weights: CLIP checkpoint.
-        model: The model's name, for messages.
-
-    Raises:
-        CheckpointError: The weights cannot be read, or are not those of the model.
+        tower: On the meta device.
+        given: What to put into it, by name.
+        weights: The file that they are of.
+        title: What to call the tower in messages.
     """
-    import torch
-    from open_clip.transformer import QuickGELU, TextTransformer
-
-    arguments = {k: v for k, v in settings.items() if k not in ("quick_gelu", "cut")}
-    with torch.device("meta"):
-        tower = TextTransformer(
-            **arguments, act_layer=QuickGELU if settings["quick_gelu"] else torch.nn.GELU
-        )
-    given = read_text_tower(weights)
     expected = tower.state_dict()
     wrong = sorted(
         {name for name in expected if name not in given}
@@ -377,18 +466,13 @@ def _load_tower(settings: dict[str, Any], weights: Path, model: str) -> torch.nn
     )
     if wrong:
         raise CheckpointError(
-            f"{weights} does not fit the text tower of {model}: {len(wrong)} tensors differ in name or shape, "
-            f"the first: {', '.join(wrong[:3])}",
+            f"{weights} does not fit {title}: {len(wrong)} tensors differ in name or shape, the first: {', '.join(wrong[:3])}",
             hint="name the open_clip model that the weights belong to",
             path=weights,
         )
     tower.load_state_dict(given, assign=True)
-    if tower.attn_mask is not None:
-        # Not in checkpoints, and made on the meta device above.
-        tower.attn_mask = _causal_mask(tower.num_pos)
-    logger.info("loaded the text tower of %s from %s", model, weights)
-    ready: torch.nn.Module = tower.eval()
-    return ready
+    logger.info("loaded %s from %s", title, weights)
+    return tower.eval()
 
 
 def _causal_mask(length: int) -> torch.Tensor:

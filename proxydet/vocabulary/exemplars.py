@@ -12,13 +12,15 @@ with the covariance W of regions within a class, C_xx of the class means, and C_
 linear discriminant with shared covariances whose scores are in the units of text classes: classes of both kinds can stand in
 one vocabulary, and the two embeddings of a class can be averaged.
 
-Dimensions: K classes with statistics, C classes of exemplars, N exemplars of a class, D embedding.
+Without a detector, CLIP's embeddings of images make classes in the space of its texts (`classes_of_images`).
+
+Dimensions: K classes with statistics, C classes of exemplars, N exemplars of a class, M other images, R names, D embedding.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +46,8 @@ _TRIMMED_BEYOND = 3.0
 # And in typical distances of a region from the centre of its class.
 _TRIMMED_TIMES = 1.8
 _MAD = 1.4826
+# Of embeddings of length 1: below it the exemplars are all that there is.
+_LEAST_DISTANCE = 1e-4
 # Exemplars that a name counts as much as (benchmarks/exemplars_cpu2_202611.md).
 _TEXT_COUNTS = 10.0
 # Steeper logits than names have rank better; a bias keeps the scores of what belongs to the class where those of names are (same).
@@ -280,7 +284,8 @@ class ExemplarClasses:
     """Classes made of exemplars.
 
     Attributes:
-        vocabulary: The C classes; all count as base, which their scale keeps (`Vocabulary.base_by_similarity`).
+        vocabulary: The C classes. Those of a detector's regions all count as base, which their scale keeps
+            (`Vocabulary.base_by_similarity`).
         counts_C: int64, exemplars that count.
         outliers: For each class bool (N,), exemplars that look so unlike the others that they were left out.
     """
@@ -295,6 +300,8 @@ def classes_of_exemplars(
     regions: Sequence[npt.ArrayLike],
     statistics: RegionStatistics,
     text: Vocabulary | None = None,
+    *,
+    images: Vocabulary | None = None,
 ) -> ExemplarClasses:
     """Make classes of what a detector sees in exemplars of them.
 
@@ -306,46 +313,26 @@ def classes_of_exemplars(
         statistics: Of the same detector.
         text: Text embeddings of the same names, in the same order: each class is a mean of both, in which a name counts as
             much as ten exemplars.
+        images: What `classes_of_images` made of the same exemplars: each class is the mean of both.
 
     Raises:
         VocabularyError: A class has no exemplar or is there twice, or embeddings do not fit the statistics or are not finite.
     """
     checked = check_names(names)
+
+    def seen(regions_ND: npt.NDArray[np.float64]) -> FloatArray:
+        # What tells classes from each other, not what all regions differ by.
+        return statistics.texts_of(regions_ND, np.ones(len(regions_ND)))
+
     dimension = statistics.means_KD.shape[1]
-    means, counts, outliers = [], [], []
-    for name, given in zip(checked, regions, strict=True):
-        own_ND = np.asarray(given, dtype=np.float64)
-        if own_ND.ndim != 2 or own_ND.shape[1] != dimension or not len(own_ND):
-            raise VocabularyError(
-                f"the exemplars of {name!r} must be embeddings of shape (exemplars, {dimension}), not {own_ND.shape}",
-                hint="embed at least one region with the detector that the statistics are of",
-            )
-        if not np.isfinite(own_ND).all():
-            raise VocabularyError(
-                f"embeddings of exemplars of {name!r} are not finite",
-                hint="embed these regions again",
-            )
-        _, first = np.unique(own_ND.round(6), axis=0, return_index=True)
-        distinct_ND = own_ND[np.sort(first)]
-        # Apart in what tells classes from each other, not in what all regions differ by.
-        seen_ND = statistics.texts_of(distinct_ND, np.ones(len(distinct_ND)))
-        outlier_N = _outliers(seen_ND, statistics.expected_distance)
-        means.append(distinct_ND[~outlier_N].mean(axis=0))
-        counts.append(int((~outlier_N).sum()))
-        whole_N = np.zeros(len(own_ND), dtype=np.bool_)
-        whole_N[np.sort(first)[outlier_N]] = True
-        outliers.append(whole_N)
-    counts_C = np.array(counts, dtype=np.int64)
-    found_CD = statistics.texts_of(np.stack(means), counts_C)
-    if text is not None:
-        if text.names != checked or text.dimension != dimension:
-            raise VocabularyError(
-                f"the names to fuse with are {len(text)} of {text.dimension} dimensions, not those of the {len(checked)} "
-                f"classes in {dimension}",
-                hint="embed the same names with the text encoder of the detector's training",
-            )
-        text_C1 = (_TEXT_COUNTS / (_TEXT_COUNTS + counts_C))[:, None]
-        found_CD = text_C1 * text.normalised() + (1 - text_C1) * found_CD
+    means_CD, counts_C, outliers = _averaged(
+        checked, regions, dimension, seen, statistics.expected_distance
+    )
+    found_CD = statistics.texts_of(means_CD, counts_C)
+    if images is not None:
+        _require_same(images, checked, dimension)
+        found_CD = (found_CD + images.embeddings) / np.float32(2)
+    found_CD = _fused(found_CD, counts_C, checked, text)
     own_K = (statistics.means_KD * statistics.texts_KD).sum(axis=1)
     bias = (1 - _STEEPER) * statistics.temperature * float(own_K.mean())
     scale_C = np.maximum(_STEEPER * np.linalg.norm(found_CD, axis=1), 1e-6).astype(np.float32)
@@ -355,8 +342,124 @@ def classes_of_exemplars(
             checked, found_CD, scale=scale_C, bias=np.full(len(checked), bias)
         ),
         counts_C=counts_C,
-        outliers=tuple(outliers),
+        outliers=outliers,
     )
+
+
+def classes_of_images(
+    names: Sequence[str],
+    images: Sequence[npt.ArrayLike],
+    others_MD: FloatArray,
+    reference: Vocabulary,
+    text: Vocabulary | None = None,
+) -> ExemplarClasses:
+    """Make classes of what CLIP's image tower sees in exemplars of them, for any detector that was trained with its texts.
+
+    CLIP's images lie apart from its texts, all in one direction. What is common to the images is taken away, and what is common to
+    names put in its place; what is left of the images is made as long as that of names is.
+
+    Args:
+        names: C class names.
+        images: The embeddings (N, D) of the exemplars of each class, at least one.
+        others_MD: Those of images that show other things too; with several classes there may be none.
+        reference: Names of any things, embedded by the text tower.
+        text: As of `classes_of_exemplars`.
+
+    Returns:
+        Classes whose scores are in the units of text classes, without a scale or bias of their own.
+
+    Raises:
+        VocabularyError: As of `classes_of_exemplars`; or there is nothing that the only class could be told from.
+    """
+    checked = check_names(names)
+    unit = [_unit(given) for given in images]
+    means_CD, counts_C, outliers = _averaged(checked, unit, reference.dimension, np.asarray, 0.0)
+    apart_CD = means_CD - np.concatenate([means_CD, _unit(others_MD)]).mean(axis=0)
+    texts_RD = reference.normalised().astype(np.float64)
+    mean_D = texts_RD.mean(axis=0)
+    own, wanted = (np.sqrt((a**2).sum(axis=1).mean()) for a in (apart_CD, texts_RD - mean_D))
+    if own < _LEAST_DISTANCE:
+        raise VocabularyError(
+            f"the exemplars of {checked[0]!r} show nothing that it could be told from",
+            hint="give boxes in whole images, exemplars of other classes too, or any images: --statistics IMAGES",
+        )
+    found_CD = (mean_D + apart_CD * (wanted / own)).astype(np.float32)
+    return ExemplarClasses(
+        vocabulary=Vocabulary.from_arrays(checked, _fused(found_CD, counts_C, checked, text)),
+        counts_C=counts_C,
+        outliers=outliers,
+    )
+
+
+def _unit(rows: npt.ArrayLike) -> FloatArray:
+    table = np.asarray(rows, dtype=np.float32)
+    lengths = np.linalg.norm(table, axis=-1, keepdims=True)
+    return np.asarray(table / lengths.clip(1e-12), dtype=np.float32)
+
+
+def _averaged(
+    names: Sequence[str],
+    embeddings: Sequence[npt.ArrayLike],
+    dimension: int,
+    seen: Callable[[npt.NDArray[np.float64]], FloatArray],
+    expected: float,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], tuple[npt.NDArray[np.bool_], ...]]:
+    """Return the mean of the exemplars of each class that count, their number, and which are outliers: (C, D), (C,), C of (N,).
+
+    Args:
+        names: C checked names.
+        embeddings: (N, D) of each.
+        dimension: D.
+        seen: Turns embeddings into those in which outliers are far from the others.
+        expected: How far a single one usually is from the centre of its class.
+
+    Raises:
+        VocabularyError: Embeddings are of another shape, not finite, or there are none of a class.
+    """
+    means, counts, outliers = [], [], []
+    for name, given in zip(names, embeddings, strict=True):
+        own_ND = np.asarray(given, dtype=np.float64)
+        if own_ND.ndim != 2 or own_ND.shape[1] != dimension or not len(own_ND):
+            raise VocabularyError(
+                f"the exemplars of {name!r} must be embeddings of shape (exemplars, {dimension}), not {own_ND.shape}",
+                hint="embed at least one, with the detector of the statistics, or with the image tower next to the names' text tower",
+            )
+        if not np.isfinite(own_ND).all():
+            raise VocabularyError(
+                f"embeddings of exemplars of {name!r} are not finite",
+                hint="embed these regions again",
+            )
+        _, first = np.unique(own_ND.round(6), axis=0, return_index=True)
+        distinct_ND = own_ND[np.sort(first)]
+        outlier_N = _outliers(seen(distinct_ND), expected)
+        means.append(distinct_ND[~outlier_N].mean(axis=0))
+        counts.append(int((~outlier_N).sum()))
+        whole_N = np.zeros(len(own_ND), dtype=np.bool_)
+        whole_N[np.sort(first)[outlier_N]] = True
+        outliers.append(whole_N)
+    return np.stack(means), np.array(counts, dtype=np.int64), tuple(outliers)
+
+
+def _fused(
+    found_CD: FloatArray,
+    counts_C: npt.NDArray[np.int64],
+    names: tuple[str, ...],
+    text: Vocabulary | None,
+) -> FloatArray:
+    if text is None:
+        return found_CD
+    _require_same(text, names, found_CD.shape[1])
+    text_C1 = (_TEXT_COUNTS / (_TEXT_COUNTS + counts_C))[:, None]
+    return np.asarray(text_C1 * text.normalised() + (1 - text_C1) * found_CD, dtype=np.float32)
+
+
+def _require_same(other: Vocabulary, names: tuple[str, ...], dimension: int) -> None:
+    if other.names != names or other.dimension != dimension:
+        raise VocabularyError(
+            f"what the classes are fused with are {len(other)} classes of {other.dimension} dimensions, not the {len(names)} "
+            f"of {dimension}",
+            hint="embed the same names with the text encoder of the detector's training",
+        )
 
 
 def _outliers(seen_ND: FloatArray, expected: float) -> npt.NDArray[np.bool_]:

@@ -19,6 +19,7 @@ import msgspec
 
 from proxydet.errors import ConfigError, VocabularyError
 from proxydet.files import read_text
+from proxydet.paths import did_you_mean
 from proxydet.wording import counted, size_text
 
 logger = logging.getLogger(__name__)
@@ -202,14 +203,18 @@ def read_names(path: Path) -> tuple[ClassWords, ...]:
     return _checked(_from_text(text, path), path)
 
 
+def no_file(path: Path) -> VocabularyError:
+    """What is raised for a file that is not there; its hint names files there that are called nearly so."""
+    hint = f"{did_you_mean(path)}check the spelling of its path"
+    return VocabularyError(f"there is no file {path}", hint=hint, path=path)
+
+
 @contextlib.contextmanager
 def _reading(path: Path, what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise VocabularyError(
-            f"there is no file {path}", hint="check the spelling of its path", path=path
-        ) from error
+        raise no_file(path) from error
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise VocabularyError(
             f"cannot read {what} from {path}: {error}", hint=hint, path=path

@@ -24,6 +24,7 @@ from proxydet.vocabulary.names import (
     LIST_SUFFIXES,
     ClassWords,
     name_key,
+    no_file,
     quote_names,
     read_names,
 )
@@ -100,11 +101,15 @@ def check_source(source: str | Path) -> None:
         source: As for `open_vocabulary`.
 
     Raises:
-        VocabularyError: It is neither a published vocabulary's name nor a file of a kind that holds one.
+        VocabularyError: It is neither a published vocabulary's name nor a file of a kind that holds one, or is not there.
     """
     path = Path(source)
     plain = not path.suffix and path.exists() and not path.is_dir()
-    if str(source) in PUBLISHED_VOCABULARIES or is_vocabulary_file(source) or plain:
+    if str(source) in PUBLISHED_VOCABULARIES or plain:
+        return
+    if is_vocabulary_file(source):
+        if not path.exists():
+            raise no_file(path)
         return
     endings = ", ".join((*SAVED_SUFFIXES, *LIST_SUFFIXES, ".npy"))
     raise VocabularyError(
@@ -595,9 +600,14 @@ def _lvis_names(path: Path) -> _Names:
     return [c["name"] for c in ordered], [c["frequency"] != "r" for c in ordered]
 
 
-def _coco_names(_: Path) -> _Names:
+def any_names() -> list[str]:
+    """Return names of things of many kinds, which show how names lie in the space of a text encoder: COCO's 80."""
     with as_file(files("proxydet.vocabulary").joinpath("coco_names.txt")) as path:
-        return [entry.name for entry in read_names(path)], None
+        return [entry.name for entry in read_names(path)]
+
+
+def _coco_names(_: Path) -> _Names:
+    return any_names(), None
 
 
 def _objects365_names(path: Path) -> _Names:

@@ -29,9 +29,9 @@ from proxydet.files import (
     refuse_placeholder,
     write_bytes,
 )
-from proxydet.paths import how_to_restore
+from proxydet.paths import did_you_mean, how_to_restore
 from proxydet.vocabulary.compositional import CompositionalEncoder
-from proxydet.vocabulary.names import ClassWords, quote_names
+from proxydet.vocabulary.names import ClassWords, no_file, quote_names
 from proxydet.weight_files import read_arrays
 
 FloatArray = npt.NDArray[np.float32]
@@ -323,6 +323,7 @@ class Vocabulary:
             "copy it again from where it is whole, or make one with: proxydet vocab build NAMES -o FILE",
         )
         if not path.exists():
+            hint = f"{did_you_mean(path)}{hint}"
             raise VocabularyError(f"there is no vocabulary file {path}", hint=hint, path=path)
         if not path.is_file():
             raise VocabularyError(f"the vocabulary {path} is not a file", hint=hint, path=path)
@@ -594,9 +595,7 @@ def load_embeddings(path: Path) -> npt.NDArray[Any]:
     except VocabularyError:
         raise
     except FileNotFoundError as error:
-        raise VocabularyError(
-            f"there is no file {path}", hint="check the spelling of its path", path=path
-        ) from error
+        raise no_file(path) from error
     except PlaceholderError as error:
         message = f"cannot read embeddings from {path}: {error.what}"
         raise VocabularyError(message, hint=error.remedy, path=path) from error

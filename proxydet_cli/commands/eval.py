@@ -396,6 +396,7 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
         return
     description = read_description(options)
     named = options.model.find()
+    options.inference.check(named)
     with _processes(options, options.folder(description.name)) as device:
         if device is None:
             return

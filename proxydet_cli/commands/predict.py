@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import warnings
 from collections import Counter
@@ -176,6 +175,7 @@ def predict(
     # A user's own image may be as large as it likes; beyond twice Pillow's limit it is an error all the same.
     warnings.simplefilter("ignore", DecompressionBombWarning)
     named = model.find()
+    inference.check(named)
     kinds = _kinds(save, json=json)
     check_kinds(kinds)
     kind = _job_kind(save, kinds, given_options(context, JobOptions))
@@ -299,12 +299,9 @@ def _with_stdin(sources: list[str]) -> tuple[list[str], frozenset[str]]:
     """
     if "-" not in sources:
         return sources, frozenset()
-    data = sys.stdin.buffer.read()
-    if b"\0" in data:
-        listed = [os.fsdecode(name) for name in data.split(b"\0") if name]
-    else:
-        lines = [os.fsdecode(line.rstrip(b"\r")) for line in data.split(b"\n") if line.strip()]
-        listed = [line if os.path.lexists(line) else line.strip() for line in lines]
+    from proxydet.inference.sources import names_in_list
+
+    listed = list(names_in_list(sys.stdin.buffer.read()))
     replaced = [name for source in sources for name in (listed if source == "-" else [source])]
     return replaced, frozenset(listed)
 

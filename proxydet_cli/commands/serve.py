@@ -120,6 +120,8 @@ def serve(
             path=index,
         )
     named = model.find() if index is None else None
+    if named is not None:
+        inference.check(named)
     with bind(host, port) as listening:
         loopback_only = is_loopback(listening)
         if not loopback_only:

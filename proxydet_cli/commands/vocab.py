@@ -16,6 +16,7 @@ from proxydet_cli.opening import (
     DetectorOptions,
     NamedOptions,
     confirm_names,
+    fetch_published,
     open_detector,
 )
 from proxydet_cli.options import Json, Yes, command_app, examples, given_options, panel
@@ -65,6 +66,7 @@ _exemplars = panel("Exemplars")
         "proxydet vocab build names.txt -o kitchen.vocab --descriptions kitchen.yaml",
         "proxydet vocab build --exemplars shots/ --run runs/quickstart -o shots.vocab",
         "proxydet vocab build --exemplars few.json --fuse --weights proxydet-r50-inl --statistics photos/ -o few.vocab",
+        "proxydet vocab build --exemplars few.json --fuse --image-tower -o few.vocab",
     )
 )
 def build(
@@ -119,6 +121,14 @@ def build(
     fuse: Annotated[
         bool, _exemplars("--fuse", help="Make each class of its exemplars and of its name.")
     ] = False,
+    image_tower: Annotated[
+        bool,
+        _exemplars(
+            "--image-tower",
+            help="Let CLIP's image tower see the exemplars: classes for any detector that was trained with its text embeddings. With "
+            "--run or --weights, the mean of these and of what that detector sees.",
+        ),
+    ] = False,
     split: Annotated[
         str | None,
         _exemplars(
@@ -137,7 +147,7 @@ def build(
             "--statistics",
             metavar="IMAGES",
             help="Images, best annotated ones, that show how the detector sees its training classes; computed once and stored. "
-            "[default: the stored ones, the run's training images, else the exemplars' own]",
+            "[default: the stored ones, the run's training images, else the exemplars' own] With --image-tower: what else there is.",
         ),
     ] = None,
     detector_options: DetectorOptions,
@@ -147,8 +157,9 @@ def build(
     """Embed class names, or make classes of exemplars.
 
     Embeddings of names are kept in a cache by content: what was embedded once is not computed again. Exemplars are embedded by the
-    detector that will look for them.
+    detector that will look for them, or by CLIP.
     """
+    from proxydet.errors import VocabularyError
     from proxydet.vocabulary.descriptions import (
         describe,
         describe_coverage,
@@ -157,14 +168,18 @@ def build(
         with_hierarchy,
     )
     from proxydet.vocabulary.encoder import open_encoder
-    from proxydet.vocabulary.names import ClassWords, read_names
-    from proxydet.vocabulary.sources import complete_vocabulary
-    from proxydet.vocabulary.vocabulary import build_vocabulary
+    from proxydet.vocabulary.names import ClassWords, quote_names, read_names
+    from proxydet.vocabulary.sources import any_names, complete_vocabulary
+    from proxydet.vocabulary.vocabulary import build_vocabulary, find_prompts
+    from proxydet_cli.commands.download import with_downloads
     from proxydet_cli.progress import show_progress
 
     _check_output(output)
+    find_prompts(prompts)
     if exemplars is None and (
-        given := given_options(context, "fuse", "split", "most", "statistics", NamedOptions)
+        given := given_options(
+            context, "fuse", "image_tower", "split", "most", "statistics", NamedOptions
+        )
     ):
         raise typer.BadParameter(f"{given[0]} requires --exemplars")
     out = Output(json=json)
@@ -184,38 +199,92 @@ def build(
         found = with_hierarchy(classes, read_hierarchy(hierarchy))
         classes, notes = found.classes, notes + describe_coverage(found, hierarchy)
 
+    progress = show_progress()
+
+    def opened() -> TextEncoder:
+        return with_downloads(
+            lambda: open_encoder(encoder, model=model, progress=progress), yes=yes
+        )
+
     if exemplars is None:
-        opened = open_encoder(encoder, model=model, progress=show_progress())
         made = build_vocabulary(
-            classes, opened, prompts=prompts, description_weight=description_weight
+            classes, opened(), prompts=prompts, description_weight=description_weight
         )
     else:
+        # What can be refused is refused before torch is loaded, which takes seconds.
         from proxydet.inference.exemplars import (
             build_from_exemplars,
+            build_in_clip,
             find_exemplars,
+            find_statistics_images,
             region_statistics,
         )
+        from proxydet.vocabulary.encoder import ClipTextEncoder
 
-        progress = show_progress()
+        named = None
+        if not image_tower or given_options(context, NamedOptions):
+            named = detector_options.find()
         shown = find_exemplars(exemplars, split=split, most=most, progress=progress)
-        detector = open_detector(detector_options.find(), device=detector_options.device, yes=yes)
-        measured = region_statistics(detector, statistics, otherwise=shown, progress=progress)
         said = {entry.name: entry for entry in classes}
+        lost = [name for name in shown.names if name in said and not said[name].plain]
+        if lost and not fuse:
+            raise VocabularyError(
+                f"synonyms and descriptions of {quote_names(lost)} would be lost: these classes are made of their exemplars alone",
+                hint="--fuse makes them of both; or leave them out of the files of names and descriptions",
+            )
+        others = (
+            None if statistics is None else find_statistics_images(statistics, progress=progress)
+        )
+        clip = opened() if encoder is not None or image_tower else None
+        if image_tower and not isinstance(clip, ClipTextEncoder):
+            raise VocabularyError(
+                f"{encoder} is the text encoder of a synthetic dataset, which has no image tower",
+                hint="give CLIP's weights: --encoder FILE; or leave out --image-tower",
+            )
+        detector = None
+        if named is not None:
+            detector = open_detector(named, device=detector_options.device, yes=yes)
+        known = build_vocabulary(any_names(), opened()) if detector is None else detector.vocabulary
 
         def text_of(wanted: Sequence[str]) -> Vocabulary:
-            return complete_vocabulary(
-                [said.get(name, ClassWords(name)) for name in wanted],
-                detector.vocabulary,
-                lambda: detector.encoder if encoder is None else open_encoder(encoder, model=model),
-                prompts=prompts,
-                description_weight=description_weight,
-            )
+            def embedded() -> Vocabulary:
+                return complete_vocabulary(
+                    [said.get(name, ClassWords(name)) for name in wanted],
+                    known,
+                    lambda: clip or (opened() if detector is None else detector.encoder),
+                    prompts=prompts,
+                    description_weight=description_weight,
+                )
 
-        made = build_from_exemplars(
-            detector, shown, measured, text_of=text_of if fuse else None, progress=progress
-        ).vocabulary
+            made = with_downloads(embedded, yes=yes)
+            return made if detector is None else detector.with_base(made)
+
+        fused = text_of if fuse else None
+        in_clip = None
+        if image_tower and isinstance(clip, ClipTextEncoder):
+            if clip.dim != known.dimension:
+                raise VocabularyError(
+                    f"CLIP's embeddings have {clip.dim} dimensions, those of the detector's training {known.dimension}",
+                    hint="leave out --image-tower; or give the CLIP of its training: --encoder FILE --model NAME",
+                )
+            in_clip = build_in_clip(
+                clip,
+                shown,
+                known,
+                others=others,
+                text_of=fused if detector is None else None,
+                progress=progress,
+            ).vocabulary
+        if detector is not None:
+            measured = region_statistics(detector, others, otherwise=shown, progress=progress)
+            made = build_from_exemplars(
+                detector, shown, measured, text_of=fused, images=in_clip, progress=progress
+            ).vocabulary
+        else:
+            assert in_clip is not None
+            made = in_clip
         if further := [name for name in said if name not in made.names]:
-            made = made.joined(detector.with_base(text_of(further)))
+            made = made.joined(text_of(further))
     made.save(output)
     for note in notes:
         out.warning(note)
@@ -229,7 +298,7 @@ def _check_output(output: Path) -> None:
     if output.suffix not in SAVED_SUFFIXES:
         raise VocabularyError(
             f"the vocabulary's file {output} must end in {' or '.join(SAVED_SUFFIXES)}",
-            hint=f"write to {output.with_suffix('.npz')}",
+            hint=f"write to {output.with_suffix('.vocab')}",
         )
 
 
@@ -294,10 +363,13 @@ def mix(
 
     Classes are matched by name, and embeddings are normalised before they are averaged. Tables of other text encoders are refused.
     """
+    from proxydet.vocabulary.sources import check_source
     from proxydet.vocabulary.sources import mix as mix_tables
     from proxydet_cli.commands.download import with_downloads
 
     _check_output(output)
+    for source in tables:
+        check_source(source)
     if weights is not None:
         try:
             shares = [float(part) for part in weights.split(",")]
@@ -335,6 +407,7 @@ def mix(
         "proxydet vocab calibrate --run runs/quickstart --data pets.toml -o pets.vocab",
         "proxydet vocab calibrate -v 'cup, plate' --data kitchen.json -o kitchen.vocab --precision 0.9",
         "proxydet vocab calibrate kitchen.vocab --data kitchen.toml --split val -o kitchen-calibrated.vocab",
+        "proxydet vocab calibrate --run runs/quickstart --data pets.toml --scores -o pets.vocab",
     )
 )
 def calibrate(
@@ -388,6 +461,21 @@ def calibrate(
             "--score-threshold", min=0.0, max=1.0, help="The general threshold to compare with."
         ),
     ] = 0.3,
+    scores: Annotated[
+        bool,
+        typer.Option(
+            "--scores",
+            help="Calibrate the scores too, so that a detection that scores 0.7 is right in 70 of 100 cases: a scale and a bias of each "
+            "class.",
+        ),
+    ] = False,
+    even_if_worse: Annotated[
+        bool,
+        typer.Option(
+            "--even-if-worse",
+            help="Save what was learned also where it is worse on images that it was not learned from.",
+        ),
+    ] = False,
     model: DetectorOptions,
     yes: Yes = False,
     json: Json = False,
@@ -395,10 +483,12 @@ def calibrate(
     """Learn a threshold for each class from a few annotated images.
 
     A detection of a class must then score above the class's own threshold, in predict, serve, export and Python; eval reports what
-    that brings. Classes with few objects share what is learned from all; those without any have the shared threshold.
+    that brings. Classes with few objects share what is learned from all; those without any have the shared threshold. What is worse
+    on images that it was not learned from is not saved, with a warning.
     """
     from proxydet.data.sources import open_config
     from proxydet.evaluation.split import DescribedSplit
+    from proxydet.models import trained_classes
     from proxydet.vocabulary.names import quote_names
     from proxydet_cli.progress import show_progress
 
@@ -411,16 +501,27 @@ def calibrate(
     parts = [part for part in ("val", "test", "train") if getattr(described, part) is not None]
     chosen = split or ("val" if "val" in parts or len(parts) != 1 else parts[0])
     described.split(chosen)
-    detector = open_detector(model.find(), asked, device=model.device, yes=yes)
+    named, progress = model.find(), show_progress()
+    opened = DescribedSplit.open(described, chosen, progress=progress)
+    fetch_published(named, asked, yes=yes)
+    # Marked base as predict will. Torch is loaded when all that can be refused was refused.
+    wanted = asked.open(trained_classes(named), yes=yes)
+    opened.annotated(wanted.reported)
+    detector = open_detector(named, asked, device=model.device, yes=yes)
     from proxydet.evaluation.analysis import operating_rows
     from proxydet.evaluation.scorers import calibrate_vocabulary
 
-    wanted = detector.with_base(asked.open(detector, yes=yes))  # as predict will
-    progress = show_progress()
     report = calibrate_vocabulary(
-        detector, DescribedSplit.open(described, chosen, progress=progress), wanted,
-        precision=precision, keep=keep, score_threshold=score_threshold, progress=progress,
-    )  # fmt: skip
+        detector,
+        opened,
+        wanted,
+        precision=precision,
+        keep=keep,
+        score_threshold=score_threshold,
+        scores=scores,
+        even_if_worse=even_if_worse,
+        progress=progress,
+    )
     report.vocabulary.save(output)
     out = Output(json=json)
     points = [asdict(point) for point in report.points]
@@ -429,23 +530,41 @@ def calibrate(
         value = {"file": output, "images": report.images, "classes": rows}
         if precision is not None:
             value["precision_reached"] = report.reached
+        value |= {"worse_on_other_images": report.worse, "thresholds_saved": report.saved}
+        if report.scores is not None:
+            value["scores"] = asdict(report.scores)
         out.data({**value, "operating_points": points, "not_asked": report.not_asked})
-        return
-    out.table(
-        [
-            {
-                "class": entry.name,
-                "objects": entry.objects,
-                "threshold": round(entry.threshold, 3),
-                "learned from": _BASES[entry.basis],
-                "right": f"{entry.right_before} -> {entry.right}",
-                "wrong": f"{entry.wrong_before} -> {entry.wrong}",
-            }
-            for entry in report.classes
-        ]
-    )
-    out.data(None, "")
-    out.table(operating_rows(points))
+    else:
+        out.table(
+            [
+                {
+                    "class": entry.name,
+                    "objects": entry.objects,
+                    "threshold": round(entry.threshold, 3),
+                    "learned from": _BASES[entry.basis],
+                    "right": f"{entry.right_before} -> {entry.right}",
+                    "wrong": f"{entry.wrong_before} -> {entry.wrong}",
+                }
+                for entry in report.classes
+            ]
+        )
+        out.data(None, "")
+        out.table(operating_rows(points))
+    saved = "they are saved all the same" if even_if_worse else "they are not saved"
+    hint = "calibrate on more images" + ("" if even_if_worse else ", or add --even-if-worse")
+    if (change := report.scores) is not None:
+        out.message(
+            f"calibration error of scores learned from other images: {change.error_before:.3f} -> {change.error:.3f}; "
+            f"box AP of the same boxes: {100 * change.ap_before:.1f} -> {100 * change.ap:.1f}"
+        )
+        if not change.saved:
+            out.warning(
+                f"the calibrated scores are not better on images that they were not learned from: {saved}; {hint}"
+            )
+    if report.worse:
+        out.warning(
+            f"on images that they were not learned from the thresholds do worse than the general one, {score_threshold:g}: {saved}; {hint}"
+        )
     if not report.reached:
         out.warning(
             f"no thresholds reach a precision of {precision:g} on these images: these are the ones with the highest"

@@ -11,7 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from proxydet.config import dump_yaml
+from proxydet.recipes import get_recipe
+from proxydet.vocabulary.compositional import CompositionalEncoder
+from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet_cli.app import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -181,3 +186,68 @@ def test_misspelt_names_and_missing_weights_are_refused_before_torch_is_loaded(w
     code, modules = mistaken(*words)
     assert code in (2, 3, 4)
     assert "torch" not in modules
+
+
+def test_wrong_inputs_of_a_run_are_refused_before_torch_is_loaded(tmp_path):
+    """Those of exemplars, of calibration and of tiles; all in one process, which ends at the first that loads it."""
+    run, encoder = tmp_path / "run", CompositionalEncoder.create(["red", "cup"], dim=4, noise=0.1, seed=0)  # fmt: skip
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_yaml(get_recipe("tiny")))
+    encoder.save(run / "text_encoder.json")
+    Vocabulary.from_arrays(["red cup"], encoder.encode(["red cup"])).save(run / "vocabulary.npz")
+    for folder in ("empty", "shots/cup", "shots/red cup"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("shots/cup/1.png", "shots/red cup/1.png", "plate.png"):
+        Image.effect_noise((9, 9), 50).save(tmp_path / name)
+    crowd = {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 1,
+        "bbox": [1, 1, 5, 5],
+        "area": 25,
+        "iscrowd": 1,
+    }
+    plates = {
+        "images": [{"id": 1, "file_name": "plate.png", "width": 9, "height": 9}],
+        "categories": [{"id": 1, "name": "plate"}],
+    }
+    for name, crowded in {"plates": 0, "crowds": 1}.items():
+        rows = [{**crowd, "iscrowd": crowded}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({**plates, "annotations": rows}))
+    (tmp_path / "said.yaml").write_text("cup: [A thing to drink from.]\n")
+    (tmp_path / "data.toml").write_text('name = "d"\n')
+    build = ["vocab", "build", "-o", "a.vocab", "--run", "run", "--exemplars"]
+    calibrate = ["vocab", "calibrate", "-o", "a.vocab", "--run", "run", "--data"]
+    refused = {
+        "absent": [*build, "absent"],
+        "absent.json": [*build, "absent.json"],
+        "neither annotations nor": [*build, "empty"],
+        "every annotation is a crowd": [*build, "crowds.json"],
+        "runs": ["vocab", "build", "-o", "a.vocab", "--run", "runs", "--exemplars", "shots"],
+        "imgs": [*build, "shots", "--statistics", "imgs"],
+        "holds no images": [*build, "shots", "--statistics", "empty"],
+        "'cup' would be lost": [*build, "shots", "--descriptions", "said.yaml"],
+        "has no image tower": [*build, "shots", "--image-tower", "--encoder", "run/text_encoder.json"],
+        "a.vocab": ["vocab", "build", "said.yaml", "-o", "a.txt"],
+        "no dataset config": [*calibrate, "plats.toml"],
+        "plats.json": [*calibrate, "plats.json"],
+        "none of the classes": [*calibrate, "plates.json"],
+        "'spoon'": [*calibrate, "plates.json", "-v", "spoon"],
+        "inference.tiles": ["predict", "plate.png", "--run", "run", "--tiles", "10"],
+        "--tiles": ["predict", "plate.png", "--run", "run", "--tile-overlap", "0.3"],
+        "inference.tiles is 9": ["serve", "--run", "run", "--tiles", "9"],
+        "inference.tiles is 8": ["eval", "--run", "run", "--data", "data.toml", "--tiles", "8"],
+    }  # fmt: skip
+    program = (
+        f"import contextlib, io, os, sys\nos.chdir({str(tmp_path)!r})\n"
+        "from proxydet_cli.main import main\n"
+        f"for said, words in {refused!r}.items():\n"
+        "    err = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(err):\n"
+        "        try:\n            code = main(words)\n"
+        "        except SystemExit as stop:\n            code = stop.code\n"
+        "    text = ' '.join(err.getvalue().split())\n"
+        "    assert code in (2, 3) and said in text, (words, code, text)\n"
+        "    assert 'torch' not in sys.modules, words\n"
+    )
+    assert "torch" not in loaded_by(program, tmp_path)

@@ -16,7 +16,10 @@ from torch import nn
 
 from proxydet.data.sources import open_config
 from proxydet.errors import ConfigError, DataError
-from proxydet.evaluation.scorers import ScoreCalibration, calibrate_vocabulary
+from proxydet.evaluation.analysis import calibrate as calibration_of
+from proxydet.evaluation.config import EvaluationConfig
+from proxydet.evaluation.detector_evaluation import evaluate_split
+from proxydet.evaluation.scorers import ScoreCalibration, ScoreParts, calibrate_vocabulary
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import Prediction
@@ -24,6 +27,7 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 
 NAMES = ["cup", "mug", "jar"]
 IMAGES = 24
+BOXES = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:
@@ -179,6 +183,120 @@ def test_a_precision_that_no_threshold_reaches_is_reported(annotated, calibrate,
     assert json.loads(out)["precision_reached"] is False
 
 
+class Noisy(Known):
+    """Scores tell nothing."""
+
+    def _found(self, number: int, classes: int) -> Prediction:
+        found = super()._found(number, classes)
+        draw = np.random.default_rng(number)
+        order = torch.from_numpy(draw.permutation(len(found)))
+        scores = torch.from_numpy(np.sort(draw.uniform(0.4, 0.9, len(found)))[::-1].copy())
+        return dataclasses.replace(found, boxes_N4=found.boxes_N4[order], scores_N=scores)
+
+
+def test_what_is_worse_on_other_images_is_not_saved(annotated, calibrate, monkeypatch):
+    had = [np.nan, 0.45, np.nan]
+    words = Vocabulary.from_arrays(NAMES, np.eye(3, 4), threshold=had)
+    report = calibrate_vocabulary(Noisy(), opened(annotated), words)
+    general, _, elsewhere = report.points
+    assert elsewhere.right + elsewhere.wrong < general.right + general.wrong
+    assert (report.worse, report.saved) == (True, False)
+    np.testing.assert_allclose(report.vocabulary.threshold, had)
+    forced = calibrate_vocabulary(Noisy(), opened(annotated), words, even_if_worse=True)
+    assert (forced.worse, forced.saved) == (True, True)
+    assert np.isfinite(forced.vocabulary.threshold).all()
+    monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: Noisy())
+    options = ["--data", "few.json", "-o", "own.vocab"]
+    code, _, err = calibrate(*options)
+    assert (code, "--even-if-worse" in err) == (0, True)
+    assert Vocabulary.load("own.vocab").plain
+    _, out, _ = calibrate(*options, "--even-if-worse", "--json")
+    assert json.loads(out)["thresholds_saved"] is True
+    assert not Vocabulary.load("own.vocab").plain
+
+
+def made_up_parts(count: int, classes: int) -> ScoreParts:
+    draw = np.random.default_rng(1)
+    return ScoreParts(
+        class_S=draw.integers(0, classes, count),
+        logit_KS=torch.from_numpy(draw.normal(0, 2, (2, count))),
+        mixup_S=torch.from_numpy(draw.normal(0, 0.5, count)),
+        rest_KS=torch.zeros(3, count, dtype=torch.float64),
+        proposal_S=torch.from_numpy(draw.uniform(0.5, 1, count)),
+        share_S=torch.full((count,), 0.3, dtype=torch.float64),
+    )
+
+
+def test_scores_are_fitted_to_what_is_right():
+    parts = made_up_parts(9000, 3)
+    scale_C, bias_C = np.array([1.3, 1.3, 1.3, 1.3]), np.array([-1.0, 0.0, 1.0, 9.0])
+    own = [torch.from_numpy(values)[parts.class_S] for values in (scale_C, bias_C)]
+    chance_S = parts.log_scores(*own).exp().numpy()
+    right_S = np.random.default_rng(2).random(len(chance_S)) < chance_S
+    found = parts.fit(right_S, np.ones(len(right_S), dtype=bool), 4)
+    np.testing.assert_allclose(found[0][:3], scale_C[:3], atol=0.2)
+    np.testing.assert_allclose(found[1][:3], bias_C[:3], atol=0.2)
+    # Without detections a class has what the classes share; with few it is near that.
+    assert -0.6 < found[1][3] < 0.6
+    few_S = (parts.class_S != 2) | (np.cumsum(parts.class_S == 2) <= 5)
+    near = parts.fit(right_S, few_S, 4)
+    assert near[1][3] - 0.5 < near[1][2] < found[1][2]
+    # Within a class logits keep their order, and a calibrated score is what it says.
+    fitted = [torch.from_numpy(values)[parts.class_S] for values in found]
+    score_S = parts.log_scores(*fitted).exp().numpy()
+    for low in (0.1, 0.3, 0.5, 0.7):
+        inside = (score_S > low) & (score_S < low + 0.2)
+        assert right_S[inside].mean() == pytest.approx(score_S[inside].mean(), abs=0.06)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rescore": True, "alpha": 0.4}])
+def test_calibrated_scores_are_those_of_the_detector(detector, tmp_path, monkeypatch, settings):
+    """Half of what a random detector finds is annotated, so that scores can be right."""
+    monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
+    detector = detector.with_settings(max_detections=6, **settings)
+    draw, content = np.random.default_rng(4), {"images": [], "annotations": [], "categories": []}
+    words = detector.vocabulary
+    for row, name in enumerate(words.names):
+        content["categories"].append({"id": row + 1, "name": name})
+    for number in range(10):
+        pixels = draw.integers(0, 256, (60, 80, 3), np.uint8)
+        file = {"id": number + 1, "height": 60, "width": 80, "file_name": f"{number}.png"}
+        Image.fromarray(pixels).save(tmp_path / file["file_name"])
+        content["images"].append(file)
+        for item in list(detector.predict(pixels, score_threshold=0.02))[::2]:
+            x0, y0, x1, y1 = map(float, item.box_xyxy)
+            box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0}
+            kind = {"category_id": words.names.index(item.label) + 1, "image_id": number + 1}
+            content["annotations"].append({"id": len(content["annotations"]) + 1, **box, **kind})
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps(content))
+    split = DescribedSplit.open(open_config(path), "train", protocol="coco")
+    one_label = detector.with_settings(agnostic_nms=True, masks=False)
+    found = evaluate_split(one_label, split, vocabulary=words, config=BOXES)
+    parts = ScoreParts.of_detections(one_label, split, words, found.main)
+    same = torch.ones(len(parts.class_S)), torch.zeros(len(parts.class_S))
+    score_S = found.main.selection.score_S
+    np.testing.assert_allclose(parts.log_scores(*same).exp(), score_S, atol=1e-4)
+    report = calibrate_vocabulary(detector, split, words, scores=True, even_if_worse=True)
+    assert report.scores.saved
+    assert len(set(report.vocabulary.scale.tolist())) > 1
+    again = evaluate_split(one_label, split, vocabulary=report.vocabulary, config=BOXES)
+    errors = [calibration_of(part.main.matches).error for part in (found, again)]
+    assert errors[1] < errors[0]
+    kept = calibrate_vocabulary(detector, split, words, scores=True)
+    assert kept.scores.error == report.scores.error
+    assert kept.scores.saved == (kept.vocabulary.scale != 1).any()
+
+
+def test_scores_of_few_images_are_not_calibrated(annotated):
+    content = json.loads(annotated.read_text())
+    content["images"] = content["images"][:8]
+    content["annotations"] = content["annotations"][:8]
+    annotated.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="8 images"):
+        calibrate_vocabulary(Known(), opened(annotated), Known().vocabulary, scores=True)
+
+
 def test_wrong_classes_and_nothing_found_are_named(annotated):
     detector = Known()
     with pytest.raises(DataError, match="'fork'"):
@@ -199,6 +317,7 @@ def test_wrong_classes_and_nothing_found_are_named(annotated):
 @pytest.fixture
 def calibrate(cli, monkeypatch, annotated):
     monkeypatch.setattr("proxydet.models.locate_published", Path)
+    monkeypatch.setattr("proxydet.models.trained_classes", lambda _: Known())
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: Known())
     monkeypatch.chdir(annotated.parent)
     return lambda *words: cli("vocab", "calibrate", "-v", "cup, mug, jar", *words)

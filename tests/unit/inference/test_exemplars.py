@@ -187,5 +187,11 @@ def test_the_command_writes_whole_files_only(shots, data, tmp_path, cli, saved_r
     code, _, err = cli(*words)
     assert (code, "'mug'" in err) == (3, True)
     assert target.read_bytes() == before
+    said = tmp_path / "said.yaml"
+    said.write_text("red plate: [A plate that is red.]\n")
+    (shots / "mug " / "0.png").unlink()
+    (shots / "mug ").rmdir()
+    lost = cli(*words, "--descriptions", said)
+    assert (lost.code, "'red plate'" in lost.err, "--fuse" in lost.err) == (3, True, True)
     assert cli("vocab", "build", names, "-o", target, "--fuse").code == 2
     assert cli("vocab", "build", "-o", target).code == 2

@@ -98,12 +98,15 @@ def streamed(*names: object, stdin: Path | None = None) -> list[str]:
 
 def test_sources_stand_for_images_one_after_the_other(photos, tmp_path, monkeypatch):
     listed = tmp_path / "list.txt"
-    listed.write_text(f"{photos}/05.png\nabsent.png\r\n{photos}/0[12].png\n\n")
+    listed.write_text(
+        f"# few\n{photos}/05.png\nabsent.png\r\n  #\n{photos}/0[12].png\n\n./#1.png\n"
+    )
     assert streamed(f"@{listed}") == [
         f"{photos}/05.png",
         "absent.png",
         f"{photos}/01.png",
         f"{photos}/02.png",
+        "#1.png",
     ]
     nul = tmp_path / "nul"
     nul.write_bytes(b"a\nb.png\0" + os.fsencode(photos) + b"/04.png\0")

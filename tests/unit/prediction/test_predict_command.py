@@ -102,7 +102,7 @@ def test_unreadable_pictures_make_the_exit_code_3_after_the_others_are_done(run,
 def test_files_are_listed_on_stdin(run, folder, monkeypatch):
     monkeypatch.setattr(
         "sys.stdin",
-        io.TextIOWrapper(io.BytesIO(f"{folder}/a1.png\r\n\n {folder}/a2.png \n".encode())),
+        io.TextIOWrapper(io.BytesIO(f"{folder}/a1.png\r\n#\n\n {folder}/a2.png \n".encode())),
     )
     code, out, _ = run("-", folder / "a0.png", "--save", "none")
     assert code == 0

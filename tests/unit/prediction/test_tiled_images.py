@@ -158,8 +158,9 @@ class CupsAndVases(RedThings):
         return named.choose(named.scores_N > torch.tensor(limits)[named.classes_N])
 
 
+@pytest.mark.parametrize("one_label", [True, False])
 @pytest.mark.parametrize("hidden", [{"background": [False, True]}, {"threshold": [np.nan, 0.99]}])
-def test_what_is_not_reported_still_takes_its_fragments(hidden):
+def test_what_is_not_reported_still_takes_its_fragments(hidden, one_label):
     # A thing 80 wide, of which the first tile sees 40, the second one all.
     pixels = np.zeros((160, 264, 3), np.uint8)
     pixels[60:100, 120:200, 0] = 255
@@ -169,7 +170,7 @@ def test_what_is_not_reported_still_takes_its_fragments(hidden):
     asked = detector.with_settings(tile_overlap=0.3, whole_image=False, tiles=160)
     both = asked.predict(pixels, vocabulary=CupsAndVases.vocabulary)
     assert sorted(both.labels) == ["cup", "vase"]
-    found = asked.predict(pixels, vocabulary=classes)
+    found = asked.predict(pixels, vocabulary=classes, one_label=one_label)
     assert found.labels == ("cup",)
     assert near(found.boxes_xyxy, [(20, 20, 60, 40)])
 
@@ -203,6 +204,9 @@ def test_the_command_runs_in_tiles(detector, monkeypatch, cli, tmp_path):
     )
     assert run("--tiles", "200") == run() != run("--tiles", "64")
     assert cli("predict", "wide.png", "--tiles", "31").code == 3
+    for useless in (["--tile-overlap", "0.3"], ["--no-whole-image", "--tiles", "0"]):
+        refused = cli("predict", "wide.png", *useless)
+        assert (refused.code, "--tiles" in refused.err) == (2, True)
 
 
 def test_the_command_reads_images_that_are_too_large_without_tiles(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from proxydet.errors import CheckpointError, VocabularyError
 from proxydet.vocabulary.compositional import CompositionalEncoder
@@ -23,6 +24,7 @@ from proxydet.vocabulary.encoder import (
     read_text_tower,
 )
 from proxydet.vocabulary.names import ClassWords
+from proxydet.vocabulary.sources import any_names
 from proxydet.vocabulary.vocabulary import Vocabulary, build_vocabulary
 
 if TYPE_CHECKING:
@@ -248,6 +250,108 @@ def test_safetensors_and_nested_towers_are_read(clip, tmp_path):
     found = read_text_tower(tmp_path / "a.safetensors")
     assert set(found) == set(tower)
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), np.uint8)
+
+
+def test_images_are_embedded_as_open_clip_does(clip, weights, cache):
+    import open_clip
+
+    prepare = open_clip.image_transform(32, is_train=False)
+    given = torch.stack([prepare(Image.fromarray(pixels)) for pixels in NOISE])
+    with torch.inference_mode():
+        wanted = clip.encode_image(given).numpy()
+    encoder = ClipTextEncoder(weights, model="tiny-test", cache=cache)
+    np.testing.assert_allclose(encoder.encode_images(list(NOISE)), wanted, rtol=1e-3, atol=1e-5)
+    assert encoder.encode_images([]).shape == (0, 16)
+
+
+def test_weights_without_their_image_tower_are_refused(clip, weights, cache, tmp_path):
+    texts = {k: v for k, v in clip.state_dict().items() if not k.startswith("visual.")}
+    torch.save(texts, tmp_path / "texts.pt")
+    encoder = ClipTextEncoder(tmp_path / "texts.pt", model="tiny-test", cache=cache)
+    assert encoder.encode(["a cat"]).shape == (1, 16)
+    with pytest.raises(CheckpointError, match=r"texts\.pt does not contain a CLIP image tower"):
+        encoder.encode_images([NOISE[0]])
+    with pytest.raises(CheckpointError, match="does not fit the image tower of ViT-B-32"):
+        ClipTextEncoder(weights, model="ViT-B-32", cache=cache).encode_images([NOISE[0]])
+
+
+@pytest.fixture
+def exemplars(tmp_path, monkeypatch) -> Path:
+    """Boxes of two classes, dark and bright, in images of noise."""
+    monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
+    content = {"images": [], "annotations": [], "categories": []}
+    for row, name in enumerate(["a cat", "zebra"]):
+        content["categories"].append({"id": row + 1, "name": name})
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(90, 160, (60, 90, 3), np.uint8)
+        for row, change in enumerate((-80, 80)):
+            left = 5 + 45 * row
+            seen = pixels[10:40, left : left + 36].astype(int) + change
+            pixels[10:40, left : left + 36] = seen.clip(0, 255)
+            box = {"bbox": [left, 10, 36, 30], "area": 1080, "iscrowd": 0, "image_id": number + 1}
+            content["annotations"].append(
+                {"id": 2 * number + row + 1, "category_id": row + 1, **box}
+            )
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        file = {"id": number + 1, "height": 60, "width": 90, "file_name": f"{number}.png"}
+        content["images"].append(file)
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_exemplars_become_classes_in_the_space_of_texts(clip, weights, exemplars, tmp_path, cli):
+    words = ["--image-tower", "--encoder", weights, "--model", "tiny-test"]
+    build = ["vocab", "build", "--exemplars", exemplars, *words]
+    code, _, err = cli(*build, "-o", tmp_path / "seen.vocab")
+    assert code == 0, err
+    seen = Vocabulary.load(tmp_path / "seen.vocab")
+    assert (seen.names, seen.dimension, seen.plain) == (("a cat", "zebra"), 16, True)
+    # They lie apart as the images do, around what names have in common, and not around the images.
+    encoder = ClipTextEncoder(weights, model="tiny-test")
+    texts = build_vocabulary(any_names(), encoder).normalised()
+    middle_D = texts.mean(axis=0)
+    assert (seen.normalised() @ middle_D).min() > 0.5 * np.linalg.norm(middle_D)
+    pixels = np.asarray(Image.open(tmp_path / "0.png"))
+    crops = encoder.encode_images([pixels[8:42, 3:43], pixels[8:42, 48:88]])
+    crops /= np.linalg.norm(crops, axis=1, keepdims=True)
+    cosines = (crops - crops.mean(axis=0)) @ (seen.embeddings - seen.embeddings.mean(axis=0)).T
+    assert cosines[0, 0] > 0 > cosines[0, 1]
+    further = tmp_path / "more.txt"
+    further.write_text("zebra\nlamp\n")
+    cli(*build, further, "--fuse", "-o", tmp_path / "both.vocab")
+    both = Vocabulary.load(tmp_path / "both.vocab")
+    assert both.names == ("a cat", "zebra", "lamp")
+    named = build_vocabulary(both.names, encoder).normalised()
+    toward = [(table.normalised()[:2] * named[:2]).sum(axis=1) for table in (seen, both)]
+    assert (toward[1] > toward[0]).all()
+    np.testing.assert_allclose(both.normalised()[2], named[2], atol=1e-5)
+
+
+def test_a_single_class_of_crops_has_nothing_to_be_told_from(
+    clip, weights, exemplars, tmp_path, cli
+):
+    (tmp_path / "shots" / "cup").mkdir(parents=True)
+    for number, pixels in enumerate(NOISE):
+        Image.fromarray(pixels).save(tmp_path / "shots" / "cup" / f"{number}.png")
+    words = [
+        "--image-tower",
+        "--encoder",
+        weights,
+        "--model",
+        "tiny-test",
+        "-o",
+        tmp_path / "a.vocab",
+    ]
+    build = ["vocab", "build", "--exemplars", tmp_path / "shots", *words]
+    code, _, err = cli(*build)
+    assert (code, "--statistics IMAGES" in err) == (3, True)
+    assert not (tmp_path / "a.vocab").exists()
+    assert cli(*build, "--statistics", exemplars).code == 0
+    assert cli("vocab", "build", "--image-tower", "-o", tmp_path / "a.vocab").code == 2
 
 
 class Evil:

@@ -147,7 +147,10 @@ def test_mix_writes_a_vocabulary_or_nothing(tmp_path, cli):
     other = ("vocab", "mix", first, tmp_path / "t.npy", "-o", target)
     assert "different text encoders" in cli(*other, "--names", tmp_path / "names.txt").err
     assert cli(*other).code == 3
-    assert cli("vocab", "mix", first, second, "-o", tmp_path / "x.txt").code == 3
+    refused = cli("vocab", "mix", first, second, "-o", tmp_path / "x.txt")
+    assert (refused.code, "x.vocab" in refused.err) == (3, True)
+    misspelt = cli("vocab", "mix", second, first.with_name(f"x{first.name}"), "-o", target)
+    assert (misspelt.code, f"did you mean {first}?" in misspelt.err) == (3, True)
     assert not target.exists()
     for wrong in ([first], [first, first], [first, second, "--weights", "1,x"]):
         assert cli("vocab", "mix", *wrong, "-o", target).code == 2

@@ -8,7 +8,8 @@ with none has the shared one. A threshold on that probability, one for all class
 
 Calibrated scores come from the classes' scorers: a scale and a bias of each class's logits, near those that all classes share unless
 its detections say otherwise, under which the scores themselves are as likely as can be (Platt's scaling, inside the score's formula:
-what the proposal network and the branches add to a score stays). Within a class the logits keep their order.
+what the proposal network and the branches add to a score stays). Within a class the logits keep their order; the scores may not, as they
+hold the proposals' too, so of several steepnesses the best is taken that costs no more than half a point of AP.
 
 Dimensions: C classes, S detections that are right or wrong, K steps of the detection branch.
 """
@@ -56,8 +57,10 @@ _FEW = 5
 # Parts of the images, of which each is counted with what was learned from the others.
 _FOLDS = 5
 _CONFIG = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
-# How far the logarithm of a scale, and a bias, lie from those that classes share, and these from none: standard deviations.
-_OWN_SPREAD, _SHARED_SPREAD = (0.2, 0.7), (0.5, 3.0)
+# By what the logits of all classes may be multiplied. Steeper ones let the proposals' scores decide, which costs AP.
+_SCALES = (1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0)
+# How far the logarithm of a class's scale, and its bias, lie from those that classes share, and that bias from 0: standard deviations.
+_OWN_SPREAD, _SHARED_SPREAD = (0.1, 0.7), 3.0
 # Pixels between the boxes of a detection and of its region, beyond those of the nearest region.
 _SAME_BOX = 0.1
 # AP of the same detections that calibrated scores may cost.
@@ -262,7 +265,7 @@ class ScoreParts:
         return scores_S.clamp(max=-1e-6)
 
     def fit(
-        self, right_S: NDArray[np.bool_], chosen_S: NDArray[np.bool_], classes: int
+        self, right_S: NDArray[np.bool_], chosen_S: NDArray[np.bool_], classes: int, scale: float
     ) -> NDArray[np.float64]:
         """Fit the scorers of the classes to which detections are right, by penalised maximum likelihood.
 
@@ -270,12 +273,13 @@ class ScoreParts:
             right_S: Which detections are right.
             chosen_S: Those that are learned from.
             classes: C.
+            scale: What the scales of the classes lie around.
 
         Returns:
             (2, C): by what the scale of each class is multiplied, and what is added to its bias.
         """
         values_2C = torch.zeros(2, classes + 1, dtype=torch.float64, requires_grad=True)
-        own_21, shared_2 = torch.tensor(_OWN_SPREAD)[:, None], torch.tensor(_SHARED_SPREAD)
+        own_21 = torch.tensor(_OWN_SPREAD)[:, None]
         right, wrong = (torch.from_numpy(part & chosen_S) for part in (right_S, ~right_S))
         optimiser = torch.optim.LBFGS(
             [values_2C], max_iter=200, tolerance_change=1e-7, line_search_fn="strong_wolfe"
@@ -283,32 +287,32 @@ class ScoreParts:
 
         def loss() -> Tensor:
             optimiser.zero_grad()
-            own_2S = values_2C[:, self.class_S] + values_2C[:, -1:]
-            log_S = self.log_scores(own_2S[0].exp(), own_2S[1])
+            scale_C, bias_C = values_2C[0].exp() * scale, values_2C[1] + values_2C[1, -1]
+            log_S = self.log_scores(scale_C[self.class_S], bias_C[self.class_S])
             total = -log_S[right].sum() - torch.log(-torch.expm1(log_S[wrong])).sum()
             total = total + ((values_2C[:, :-1] / own_21) ** 2).sum() / 2
-            total = total + ((values_2C[:, -1] / shared_2) ** 2).sum() / 2
+            total = total + (values_2C[1, -1] / _SHARED_SPREAD) ** 2 / 2
             total.backward()
             return total
 
         with torch.enable_grad():
             optimiser.step(loss)
-        found_2C = (values_2C[:, :-1] + values_2C[:, -1:]).detach()
-        return np.stack([found_2C[0].exp().numpy(), found_2C[1].numpy()])
+        (own_C, bias_C), shared = values_2C.detach().numpy()[:, :-1], float(values_2C[1, -1])
+        return np.stack([np.exp(own_C) * scale, bias_C + shared])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreChange:
-    """What calibrated scores change: the same detections with scores that were learned from other images."""
+    """What calibrated scores change in the same detections."""
 
     error_before: float
     """Mean difference of score and share of right detections (expected calibration error, 10 bins) of the detector's scores,"""
     error: float
-    """and of the calibrated ones."""
+    """and of scores that were calibrated on other images."""
     ap_before: float
     """Box AP by the detector's scores,"""
     ap: float
-    """and by the calibrated ones."""
+    """and by the calibrated ones: what their order costs, since the boxes are the same."""
     saved: bool
     """Whether the vocabulary has them: the error is smaller and AP no more than half a point lower, or they were asked for in any case."""
 
@@ -542,30 +546,43 @@ def _with_scores(
     right_M, wrong_M = right_and_wrong(scored.matches)
     place_M = place_D[scored.matches.selection.detection_S]
     right_S[place_M], used_S[place_M] = right_M, right_M | wrong_M
-    score_D = results.score_D.copy()
-    for fold in range(_FOLDS):
-        here_S = fold_I[selection.image_S] == fold
-        scale_C, bias_C = parts.fit(right_S, used_S & ~here_S, len(vocabulary))
-        log_S = parts.log_scores(
-            torch.from_numpy(scale_C)[parts.class_S], torch.from_numpy(bias_C)[parts.class_S]
-        )
-        score_D[selection.detection_S[here_S]] = log_S.exp().numpy()[here_S]
-    other = run_evaluation(
-        dataclasses.replace(results, score_D=score_D), split.truth, config=_CONFIG
-    )
-    assert other.main is not None
-    before, after = (calibrate(part.matches).error or 0.0 for part in (scored, other.main))
-    ap_before, ap = (part.report.ap or 0.0 for part in (evaluation, other))
-    better = after < before and ap >= ap_before - _MOST_LOST
-    scale_C, bias_C = parts.fit(right_S, used_S, len(vocabulary))
+    fold_S = fold_I[selection.image_S]
+
+    def scores_of(scale: float, learned_S: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+        """Learn from some detections; return scale and bias of the classes, and the scores of all."""
+        found_2C = parts.fit(right_S, used_S & learned_S, len(vocabulary), scale)
+        scale_S, bias_S = torch.from_numpy(found_2C)[:, parts.class_S]
+        return found_2C, parts.log_scores(scale_S, bias_S).exp().numpy()
+
+    def scored_by(score_S: Floats) -> Evaluation:
+        score_D = results.score_D.copy()
+        score_D[selection.detection_S] = score_S
+        changed = dataclasses.replace(results, score_D=score_D)
+        return run_evaluation(changed, split.truth, config=_CONFIG)
+
+    def error_of(part: Scored | None) -> float:
+        return 1.0 if part is None else calibrate(part.matches).error or 0.0
+
+    before, ap_before = error_of(scored), evaluation.report.ap or 0.0
+    tried: list[tuple[bool, float, float, Floats]] = []
+    for scale in _SCALES:
+        found_2C, score_S = scores_of(scale, np.ones(len(selection), dtype=bool))
+        ap = scored_by(score_S).report.ap or 0.0
+        elsewhere_S = np.zeros(len(selection))
+        for fold in range(_FOLDS):
+            here_S = fold_S == fold
+            elsewhere_S[here_S] = scores_of(scale, ~here_S)[1][here_S]
+        error = error_of(scored_by(elsewhere_S).main)
+        tried.append((ap < ap_before - _MOST_LOST, error, ap, found_2C))
+    # The smallest error of those that keep the order well enough.
+    costs, error, ap, (scale_C, bias_C) = min(tried, key=lambda each: each[:2])
     reported_C = ~vocabulary.background
     calibrated = vocabulary.with_scorers(
         scale=np.where(reported_C, scale_C, 1) * vocabulary.scale,
         bias=np.where(reported_C, bias_C, 0) + vocabulary.bias,
     )
-    change = ScoreChange(
-        error_before=before, error=after, ap_before=ap_before, ap=ap, saved=better or even_if_worse
-    )
+    saved = even_if_worse or (error < before and not costs)
+    change = ScoreChange(error_before=before, error=error, ap_before=ap_before, ap=ap, saved=saved)
     return calibrated, change
 
 

@@ -619,14 +619,14 @@ def build_in_clip(
 
     Args:
         encoder: CLIP.
-        shown: The exemplars. Of boxes in images, the whole images show what the classes are told from.
+        shown: The exemplars. Of boxes in images, the whole images show what the classes are distinguished from.
         reference: Names of any things, embedded by the same CLIP.
-        others: Further images, to tell the classes from.
+        others: Further images, to distinguish the classes from.
         text_of: As of `build_from_exemplars`.
         progress: Where progress is shown.
 
     Raises:
-        VocabularyError: As of `build_from_exemplars`; or the only class has nothing that it could be told from.
+        VocabularyError: As of `build_from_exemplars`; or there is nothing to distinguish the only class from.
         CheckpointError: The weights have no image tower.
         DataError: An image cannot be read.
     """

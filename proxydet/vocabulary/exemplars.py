@@ -369,7 +369,7 @@ def classes_of_images(
         Classes whose scores are in the units of text classes, without a scale or bias of their own.
 
     Raises:
-        VocabularyError: As of `classes_of_exemplars`; or there is nothing that the only class could be told from.
+        VocabularyError: As of `classes_of_exemplars`; or there is nothing to distinguish the only class from.
     """
     checked = check_names(names)
     unit = [_unit(given) for given in images]
@@ -380,7 +380,7 @@ def classes_of_images(
     own, wanted = (np.sqrt((a**2).sum(axis=1).mean()) for a in (apart_CD, texts_RD - mean_D))
     if own < _LEAST_DISTANCE:
         raise VocabularyError(
-            f"the exemplars of {checked[0]!r} show nothing that it could be told from",
+            f"the exemplars of {checked[0]!r} show nothing to distinguish it from",
             hint="give boxes in whole images, exemplars of other classes too, or any images: --statistics IMAGES",
         )
     found_CD = (mean_D + apart_CD * (wanted / own)).astype(np.float32)

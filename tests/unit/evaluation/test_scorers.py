@@ -233,13 +233,13 @@ def test_scores_are_fitted_to_what_is_right():
     own = [torch.from_numpy(values)[parts.class_S] for values in (scale_C, bias_C)]
     chance_S = parts.log_scores(*own).exp().numpy()
     right_S = np.random.default_rng(2).random(len(chance_S)) < chance_S
-    found = parts.fit(right_S, np.ones(len(right_S), dtype=bool), 4)
+    found = parts.fit(right_S, np.ones(len(right_S), dtype=bool), 4, 1.3)
     np.testing.assert_allclose(found[0][:3], scale_C[:3], atol=0.2)
     np.testing.assert_allclose(found[1][:3], bias_C[:3], atol=0.2)
     # Without detections a class has what the classes share; with few it is near that.
     assert -0.6 < found[1][3] < 0.6
     few_S = (parts.class_S != 2) | (np.cumsum(parts.class_S == 2) <= 5)
-    near = parts.fit(right_S, few_S, 4)
+    near = parts.fit(right_S, few_S, 4, 1.3)
     assert near[1][3] - 0.5 < near[1][2] < found[1][2]
     # Within a class logits keep their order, and a calibrated score is what it says.
     fitted = [torch.from_numpy(values)[parts.class_S] for values in found]

@@ -297,8 +297,8 @@ class ScoreParts:
 
         with torch.enable_grad():
             optimiser.step(loss)
-        (own_C, bias_C), shared = values_2C.detach().numpy()[:, :-1], float(values_2C[1, -1])
-        return np.stack([np.exp(own_C) * scale, bias_C + shared])
+        own_C, bias_C = values_2C.detach().numpy()
+        return np.stack([np.exp(own_C[:-1]) * scale, bias_C[:-1] + bias_C[-1]])
 
 
 @dataclass(frozen=True, kw_only=True)

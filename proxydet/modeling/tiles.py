@@ -6,8 +6,8 @@ found whole, joins those that continue each other, and applies NMS to the rest a
 network, which knows of no tiles. Background, and what is below its class's own threshold, is left out at the end: a tile that
 sees the whole of an object as background corrects one that reports its fragment.
 
-With several labels a box, background takes single regions from the classes before NMS, which no prediction tells; so a tile does
-that, and each background class has a copy there that is reported.
+With several labels a box, background takes single regions from the classes before NMS, which predictions do not show; so a tile
+does that, and each background class has a copy there that is reported.
 
 Dimensions: N detections, F fragments among them, P pairs of fragments, M masks, S side of a mask.
 """

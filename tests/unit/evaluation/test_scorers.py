@@ -68,6 +68,7 @@ class Known:
 
     def __init__(self) -> None:
         self.network = nn.Linear(2, 2)
+        self.network.device = torch.device("cpu")
         self.vocabulary = Vocabulary.from_arrays(NAMES, np.eye(3, 4))
         self.inference = InferenceConfig(masks=False)
         self.asked: list[dict[str, Any]] = []
@@ -184,7 +185,7 @@ def test_a_precision_that_no_threshold_reaches_is_reported(annotated, calibrate,
 
 
 class Noisy(Known):
-    """Scores tell nothing."""
+    """Scores mean nothing."""
 
     def _found(self, number: int, classes: int) -> Prediction:
         found = super()._found(number, classes)
@@ -281,8 +282,12 @@ def test_calibrated_scores_are_those_of_the_detector(detector, tmp_path, monkeyp
     assert report.scores.saved
     assert len(set(report.vocabulary.scale.tolist())) > 1
     again = evaluate_split(one_label, split, vocabulary=report.vocabulary, config=BOXES)
-    errors = [calibration_of(part.main.matches).error for part in (found, again)]
-    assert errors[1] < errors[0]
+    parts = ScoreParts.of_detections(one_label, split, report.vocabulary, again.main)
+    same = torch.ones(len(parts.class_S)), torch.zeros(len(parts.class_S))
+    score_S = again.main.selection.score_S
+    np.testing.assert_allclose(parts.log_scores(*same).exp(), score_S, atol=1e-4)
+    before = calibration_of(found.main.matches).error
+    assert report.scores.error_before == pytest.approx(before)
     kept = calibrate_vocabulary(detector, split, words, scores=True)
     assert kept.scores.error == report.scores.error
     assert kept.scores.saved == (kept.vocabulary.scale != 1).any()

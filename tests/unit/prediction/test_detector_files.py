@@ -342,7 +342,7 @@ def test_published_models_are_downloaded_by_name_and_fused_as_published(run, net
     monkeypatch.setattr(
         artifacts, "download", lambda name: (asked.append(name), run / "model_final.pth")[1]
     )
-    monkeypatch.setattr("proxydet.detector.published_vocabulary", lambda _: network.vocabulary)
+    monkeypatch.setattr("proxydet.models.published_vocabulary", lambda _: network.vocabulary)
     settings = PUBLISHED_MODELS["proxydet-r50"]
     small = dataclasses.replace(settings, model=get_recipe("tiny").model)
     monkeypatch.setitem(PUBLISHED_MODELS, "proxydet-r50", small)

@@ -183,7 +183,6 @@ def measure(
         import matplotlib.figure  # noqa: F401
 
         import proxydet.evaluation.page
-        import proxydet.evaluation.records
         import proxydet.inference.writers  # noqa: F401
         from proxydet_cli.app import run
     results = Path(folder) / f"{kind}_{images}.json"
@@ -386,28 +385,28 @@ def _ellipses(box_M4: np.ndarray) -> np.ndarray:
 
 def report_coverage(sets: int, images: int, resamples: int) -> None:
     """Print how often a 95 % interval holds the mean over many data sets of the same size."""
-    from proxydet.evaluation.bootstrap import Sets, resample, summary
+    from proxydet.evaluation.bootstrap import measures, resample, summary
 
     draw = np.random.default_rng(7)
     rate_C = np.concatenate([np.full(10, 0.3), np.full(20, 0.05), np.full(30, 4 / images)])
     quality_C = draw.normal(0.5, 0.7, len(rate_C))
-    measured = Sets(frequencies=("f",) * 10 + ("c",) * 20 + ("r",) * 30, groups={})
+    frequencies = ("f",) * 10 + ("c",) * 20 + ("r",) * 30
     names = ("AP", "AP50", "APr", "APc", "APf")
-    columns = [measured.names.index(name) for name in names]
     means = np.nanmean(
         [
-            np.array(
-                measured.measure(summary(simulated([1, index], images, rate_C, quality_C)[0]))
-            )[columns]
-            for index in range(10 * sets)
+            [measures(summary(whole_ATC), frequencies, {})[name] for name in names]
+            for whole_ATC in (
+                simulated([1, index], images, rate_C, quality_C, frequencies)[0]
+                for index in range(10 * sets)
+            )
         ],
         axis=0,
     )
     held, widths, seconds = [], [], 0.0
     for index in range(sets):
-        _, precision, truth = simulated([2, index], images, rate_C, quality_C)
+        _, precision, truth = simulated([2, index], images, rate_C, quality_C, frequencies)
         start = time.perf_counter()
-        drawn = resample(precision, truth, measured, number=resamples, seed=index)
+        drawn = resample(precision, truth, {}, number=resamples, seed=index)
         seconds += time.perf_counter() - start
         found = [drawn.intervals(0.95).get(name) for name in names]
         held.append(
@@ -423,7 +422,13 @@ def report_coverage(sets: int, images: int, resamples: int) -> None:
     print(f"{sets} sets of {images} images, {resamples} resamples, {seconds / sets:.2f} s a set")
 
 
-def simulated(seed: list[int], images: int, rate_C: np.ndarray, quality_C: np.ndarray) -> Any:
+def simulated(
+    seed: list[int],
+    images: int,
+    rate_C: np.ndarray,
+    quality_C: np.ndarray,
+    frequencies: tuple[str, ...],
+) -> Any:
     """Draw a data set with detections; return its precision, as a function of weights too, and its annotations.
 
     Images differ in how hard they are, which ties the fates of their objects together; categories differ in quality.
@@ -434,14 +439,14 @@ def simulated(seed: list[int], images: int, rate_C: np.ndarray, quality_C: np.nd
 
     draw = np.random.default_rng(seed)
     precision = WeightedPrecision(_matches(draw, images, rate_C, quality_C), len(rate_C))
-    truth = SimpleNamespace(image_ids=range(images), frequencies=None)
+    truth = SimpleNamespace(image_ids=range(images), frequencies=frequencies)
     return precision.precision(np.ones(images, dtype=np.int64)), precision, truth
 
 
 def _matches(
     draw: np.random.Generator, images: int, rate_C: np.ndarray, quality_C: np.ndarray
 ) -> Any:
-    from proxydet.evaluation.matching import FOUND, UNMATCHED, Matches
+    from proxydet.evaluation.matching import FOUND, UNMATCHED, Matches, Pairs
     from proxydet.evaluation.scoring import AREAS, IOU_THRESHOLDS_T, Selection
 
     ease_I = draw.normal(0, 0.7, images)
@@ -479,6 +484,12 @@ def _matches(
         annotation_N=np.zeros_like(near),
         iou_N=iou_S[near],
         silent_SA=np.zeros((len(order), len(AREAS)), dtype=bool),
+        pairs=Pairs(
+            detection_P=near,
+            annotation_P=near,
+            iou_P=iou_S[near],
+            same_P=np.ones(len(near), dtype=bool),
+        ),
         ann_image_G=image_G,
         ann_category_G=category_G,
         ann_index_G=np.arange(len(image_G)),

@@ -186,7 +186,7 @@ def precision(detector: Detector, folder: Path, split: DescribedSplit) -> list[d
     scored = evaluate_split(plain, split, config=config)
     assert scored is not None
     rows = [{"index": "the detector itself", **scored.report.main.metrics}]
-    images = sorted(p for root in split.images.roots for p in root.glob("*") if p.is_file())
+    images = sorted(p for root in split.roots for p in root.glob("*") if p.is_file())
     for most in (None, 100, 50, 30, 20, 10):
         place = folder / f"val{most}"
         index_images(plain, images, place, most_regions=most)
@@ -213,7 +213,7 @@ def main() -> int:
     detector = Detector.from_run(given.run)
     data = given.data or given.run.parent / "data" / "description.toml"
     split = DescribedSplit.open(data)
-    images = sorted(p for root in split.images.roots for p in root.glob("*") if p.is_file())
+    images = sorted(p for root in split.roots for p in root.glob("*") if p.is_file())
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         work = {
             "scan": lambda: scan(detector, Path(folder), images, given.regions),

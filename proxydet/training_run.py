@@ -203,7 +203,7 @@ def scheduled_evaluation(config: RunConfig, progress: Progress = SILENT) -> Eval
     data = Dataset(config=description, cache=config.data.cache, progress=progress)
     # What evaluation would refuse is refused here, before hours of training.
     split = DescribedSplit.open(data, protocol=config.evaluation.protocol)
-    _ = split.images
+    _ = split.roots
     check_protocol(config.evaluation, split.truth)
 
     def evaluate_network(network: nn.Module, iteration: int, folder: Path) -> dict[str, float]:  # noqa: ARG001
@@ -473,7 +473,7 @@ def _probe(before: Any, after: Any, config: RunConfig, own: set[str]) -> dict[st
     images = min(len(split.store.image_ids), _PROBE_IMAGES)
     found = still = 0
     for index in range(images):
-        pixels = split.images.read(index)
+        pixels = split.read(index)
         old, new = (
             detector.predict(pixels, other, score_threshold=_PROBE_SCORE)
             for detector in (before, after)

@@ -507,6 +507,11 @@ class BoxConvention:
         self._corners += int((ordered_N & telling_N).sum())
 
     @property
+    def may_be_corners(self) -> bool:
+        """Whether at least half of the boxes could be read as two corners."""
+        return 2 * self._corners >= self._boxes
+
+    @property
     def compares(self) -> int:
         """How many more boxes are to be compared with their masks."""
         return _MOST_COMPARED - self._compared

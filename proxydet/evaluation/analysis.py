@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from proxydet.evaluation.matching import FOUND, IGNORED, LEAST_OVERLAP, UNMATCHED, Matches
+from proxydet.evaluation.results import fingerprint
 from proxydet.evaluation.scoring import (
     IOU_THRESHOLDS_T,
     RECALL_THRESHOLDS_R,
-    guarded,
+    hotcoco_errors,
+    narrow,
     place_in_group,
 )
 from proxydet.reporting import SILENT, Progress
@@ -116,13 +118,16 @@ def error_kinds(scored: Scored) -> ErrorKinds:
     def largest(chosen_P: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Return each detection's largest overlap among the chosen pairs (0 without), and with which annotation."""
         chosen = np.flatnonzero(chosen_P)
-        detection_P, annotation_P = pairs.detection_P[chosen], pairs.annotation_P[chosen]
-        keys = (-preference_G[annotation_P], pairs.iou_P[chosen], detection_P)
-        last = chosen[np.lexsort(keys)[np.diff(detection_P, append=-1) != 0]]
+        detection_P, iou_P = pairs.detection_P[chosen], pairs.iou_P[chosen]
         iou_S = np.zeros(len(category_S))
         annotation_S = np.full(len(category_S), -1, dtype=np.int64)
-        iou_S[pairs.detection_P[last]] = pairs.iou_P[last]
-        annotation_S[pairs.detection_P[last]] = pairs.annotation_P[last]
+        if len(chosen):
+            first = np.flatnonzero(np.diff(detection_P, prepend=-1))
+            iou_S[detection_P[first]] = np.maximum.reduceat(iou_P, first)
+            preference_P = preference_G[pairs.annotation_P[chosen]]
+            preference_P[iou_P < iou_S[detection_P]] = 2 * len(counts_G)
+            annotation_S[detection_P[first]] = np.minimum.reduceat(preference_P, first)
+            annotation_S[detection_P[first]] %= len(counts_G)
         return iou_S, annotation_S
 
     own_S, own_annotation_S = largest(pairs.same_P)
@@ -166,6 +171,7 @@ def break_down_errors(scored: Scored) -> ErrorBreakdown:
     mended_S[aimed[np.diff(aim_S[aimed], prepend=-1) != 0]] = True
     objects_C = np.bincount(matches.ann_category_G[counts_G], minlength=categories)
     present_C = objects_C > 0
+    by_score = np.argsort(-score_S, kind="stable")
 
     def ap50(
         category_S: NDArray[np.int64],
@@ -174,8 +180,9 @@ def break_down_errors(scored: Scored) -> ErrorBreakdown:
         objects_C: NDArray[np.int64],
     ) -> float:
         """Return average precision of these detections, where so many objects of each category are to be found."""
-        judged = np.flatnonzero(judged_S & (objects_C[category_S] > 0))
-        best_first = judged[np.lexsort((-score_S[judged], category_S[judged]))]
+        judged = by_score[(judged_S & (objects_C[category_S] > 0))[by_score]]
+        order = np.argsort(narrow(category_S[judged], categories), kind="stable")
+        best_first = judged[order]
         category_L, right_L = category_S[best_first], right_S[best_first]
         category_K, place_K = category_L[right_L], place_in_group(category_L)[right_L]
         found_K = place_in_group(category_K) + 1
@@ -308,12 +315,43 @@ def operating_rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def thresholds_of(truth: GroundTruth, vocabulary: Vocabulary | None) -> NDArray[np.float64]:
-    """Return the threshold of each category: float64 (C,), NaN where its class has none of its own."""
-    own: dict[str, float] = {}
-    if vocabulary is not None:
-        own = dict(zip(vocabulary.reported, vocabulary.threshold.tolist(), strict=False))
-    return np.array([own.get(name.strip(), math.nan) for name in truth.category_names])
+def one_label_a_box(results: Results, least: float, iou: float) -> NDArray[np.bool_]:
+    """Return which detections NMS over all classes at once leaves, as ``predict`` reports them.
+
+    Args:
+        results: All detections; with several labels a box, as they are evaluated.
+        least: Only detections that score above this are in the result.
+        iou: Of two boxes that overlap by more than this, the one with the lower score is dropped.
+
+    Returns:
+        bool (D,).
+    """
+    chosen = np.flatnonzero(results.score_D > least)
+    image_K = narrow(results.image_D[chosen], int(results.image_D.max(initial=0)))
+    order = chosen[np.lexsort((-results.score_D[chosen], image_K))]
+    # Labels of one box: only the best one can be left.
+    key_K = fingerprint(results.image_D[order], *results.box_D4[order].T)
+    order = order[np.sort(np.unique(key_K, return_index=True)[1])]
+    image_K, box_K4 = results.image_D[order], results.box_D4[order]
+    starts = np.flatnonzero(np.diff(image_K, prepend=-1))
+    better, worse = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    for start, end in pairwise([*starts.tolist(), len(order)]):
+        boxes_K4 = box_K4[start:end]
+        overlap_KK = np.triu(coco_mask.iou(boxes_K4, boxes_K4, [False] * len(boxes_K4)) > iou, 1)
+        first, second = np.nonzero(overlap_KK)
+        better.append(first + start)
+        worse.append(second + start)
+    left_K = np.ones(len(order), dtype=bool)
+    better_P, worse_P = np.concatenate(better), np.concatenate(worse)
+    while len(better_P):
+        open_K = np.zeros(len(order), dtype=bool)
+        open_K[worse_P] = True  # a better box that is still there overlaps it
+        left_K[worse_P[~open_K[better_P]]] = False
+        still_P = open_K[better_P] & left_K[better_P] & left_K[worse_P]
+        better_P, worse_P = better_P[still_P], worse_P[still_P]
+    left_D = np.zeros(len(results), dtype=bool)
+    left_D[order[left_K]] = True
+    return left_D
 
 
 def operating_point(
@@ -322,6 +360,7 @@ def operating_point(
     name: str,
     *,
     classes: NDArray[np.bool_] | None = None,
+    left_D: NDArray[np.bool_] | None = None,
 ) -> OperatingPoint:
     """Count what is right, wrong and missed above a threshold.
 
@@ -330,11 +369,14 @@ def operating_point(
         threshold_S: What each selected detection must score above.
         name: Of the operating point.
         classes: bool (C,), the categories that count; None: all.
+        left_D: bool (D,), the detections that count, from `one_label_a_box`; None: all.
     """
     matches, images = scored.matches, len(scored.truth.image_ids)
     counted_C = np.ones(len(scored.truth.category_ids), dtype=bool) if classes is None else classes
     category_S = matches.selection.category_S
     kept_S = (matches.selection.score_S > threshold_S) & counted_C[category_S]
+    if left_D is not None:
+        kept_S &= left_D[matches.selection.detection_S]
     right_S, wrong_S = right_and_wrong(matches)
     of_classes_G = counted_C[matches.ann_category_G]
     occupied = np.unique(matches.ann_image_G[of_classes_G])
@@ -391,26 +433,38 @@ def box_recall(
     detections = np.argsort(results.image_D, kind="stable")
     # The engine's objects of so many images at once take little memory.
     edges = np.arange(0, len(truth.image_ids) + _RECALL_IMAGES, _RECALL_IMAGES)
-    image_G, image_D = truth.ann_image_A[annotations], results.image_D[detections]
     found_TL = np.zeros((len(IOU_THRESHOLDS_T), len(limits)))
     for (first_G, end_G), (first_D, end_D) in zip(
-        pairwise(np.searchsorted(image_G, edges)),
-        pairwise(np.searchsorted(image_D, edges)),
+        pairwise(np.searchsorted(truth.ann_image_A[annotations], edges)),
+        pairwise(np.searchsorted(results.image_D[detections], edges)),
         strict=True,
     ):
-        if end_G > first_G and end_D > first_D:
-            recall_TL = guarded(
-                partial(
-                    _recall,
-                    image_G[first_G:end_G],
-                    truth.ann_box_A4[annotations[first_G:end_G]],
-                    image_D[first_D:end_D],
-                    results.box_D4[detections[first_D:end_D]],
-                    results.score_D[detections[first_D:end_D]],
-                    limits,
-                )
+        if end_G == first_G or end_D == first_D:
+            continue
+        of_G, of_D = annotations[first_G:end_G], detections[first_D:end_D]
+        image_G, image_D = truth.ann_image_A[of_G] + 1, results.image_D[of_D] + 1
+        one_G, one_D = np.ones(len(of_G), dtype=np.int64), np.ones(len(of_D))
+        table_D7 = np.column_stack([image_D, results.box_D4[of_D], results.score_D[of_D], one_D])
+        with hotcoco_errors():
+            import hotcoco
+
+            theirs = hotcoco.COCO.from_arrays(
+                [{"id": i, "height": 1, "width": 1} for i in np.union1d(image_G, image_D).tolist()],
+                [{"id": 1, "name": "object"}],
+                image_G,
+                one_G,
+                truth.ann_box_A4[of_G],
+                area=one_G.astype(np.float64),
             )
-            found_TL += np.rint(recall_TL * (end_G - first_G))
+            evaluator = hotcoco.COCOeval(theirs, theirs.load_res(table_D7), "bbox")
+            evaluator.params.use_cats = False
+            evaluator.params.max_dets = list(limits)
+            evaluator.params.iou_thrs = IOU_THRESHOLDS_T.tolist()
+            evaluator.params.area_rng, evaluator.params.area_rng_lbl = [[0.0, 1e10]], ["all"]
+            evaluator.evaluate()
+            evaluator.accumulate()
+            accumulated: Any = evaluator.eval
+        found_TL += np.rint(np.asarray(accumulated["recall"])[:, 0, 0] * len(of_G))
     to_find = len(annotations)
     return tuple(
         BoxRecall(
@@ -420,35 +474,6 @@ def box_recall(
         )
         for limit, found_T in zip(limits, found_TL.T, strict=True)
     )
-
-
-def _recall(
-    image_G: NDArray[np.int64],
-    box_G4: NDArray[np.float64],
-    image_D: NDArray[np.int64],
-    box_D4: NDArray[np.float64],
-    score_D: NDArray[np.float64],
-    limits: Sequence[int],
-) -> NDArray[np.float64]:
-    """Return which share of boxes the best detections of their image find: float64 (T, limits)."""
-    import hotcoco
-
-    images = [{"id": int(i) + 1, "height": 1, "width": 1} for i in np.union1d(image_G, image_D)]
-    one_G, one_D = np.ones(len(image_G), dtype=np.int64), np.ones(len(image_D))
-    annotations = hotcoco.COCO.from_arrays(
-        images, [{"id": 1, "name": "object"}], image_G + 1, one_G, box_G4, area=one_G.astype(float)
-    )
-    detections = annotations.load_res(np.column_stack([image_D + 1, box_D4, score_D, one_D]))
-    evaluator = hotcoco.COCOeval(annotations, detections, "bbox")
-    evaluator.params.use_cats = False
-    evaluator.params.max_dets = list(limits)
-    evaluator.params.iou_thrs = IOU_THRESHOLDS_T.tolist()
-    evaluator.params.area_rng, evaluator.params.area_rng_lbl = [[0.0, 1e10]], ["all"]
-    evaluator.evaluate()
-    evaluator.accumulate()
-    accumulated: Any = evaluator.eval
-    recall_TL: NDArray[np.float64] = np.asarray(accumulated["recall"])[:, 0, 0]
-    return recall_TL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,6 +523,7 @@ def analyse(
     *,
     vocabulary: Vocabulary | None = None,
     score_threshold: float = 0.3,
+    nms_iou: float = 0.5,
 ) -> Analysis:
     """Break down the errors of the masks, or of the boxes where no masks were scored.
 
@@ -505,7 +531,8 @@ def analyse(
         evaluation: What was measured.
         progress: Where progress is shown.
         vocabulary: The classes, where they have thresholds of their own; found by the categories' names.
-        score_threshold: The general threshold of the operating points.
+        score_threshold: The general threshold of the operating points, which count one label a box.
+        nms_iou: Overlap above which two boxes of any classes count as one there: the detector's own.
 
     Raises:
         RuntimeEnvironmentError: The engine failed.
@@ -513,13 +540,22 @@ def analyse(
     scored, points = evaluation.main, []
     with progress.task("analysing errors", total=None):
         if scored is not None:
-            own_C = thresholds_of(evaluation.truth, vocabulary)
-            category_S = scored.matches.selection.category_S
-            general_S = np.full(len(category_S), score_threshold)
-            points.append(operating_point(scored, general_S, f"score above {score_threshold:g}"))
+            own: dict[str, float] = {}
+            if vocabulary is not None:
+                own = dict(zip(vocabulary.reported, vocabulary.threshold.tolist(), strict=False))
+            names = [name.strip() for name in evaluation.truth.category_names]
+            own_C = np.array([own.get(name, math.nan) for name in names])
+            limits_C = {f"score above {score_threshold:g}": np.full(len(own_C), score_threshold)}
             if np.isfinite(own_C).any():
-                own_S = np.where(np.isnan(own_C), score_threshold, own_C)[category_S]
-                points.append(operating_point(scored, own_S, "thresholds of the classes"))
+                own_C = np.where(np.isnan(own_C), score_threshold, own_C)
+                limits_C["thresholds of the classes"] = own_C
+            least = min(float(limit_C.min()) for limit_C in limits_C.values())
+            left_D = one_label_a_box(evaluation.results, least, nms_iou)
+            category_S = scored.matches.selection.category_S
+            points = [
+                operating_point(scored, limit_C[category_S], name, left_D=left_D)
+                for name, limit_C in limits_C.items()
+            ]
         return Analysis(
             operating_points=tuple(points),
             recall=box_recall(evaluation.truth, evaluation.results),

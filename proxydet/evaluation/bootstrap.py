@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-_GROUP_METRICS = ("AP", "AP50")
 _ROUNDING = 1e-9
 """Resamples that differ by less agree: they only add in another order."""
 _SEGMENTS_AT_ONCE = 256
@@ -86,42 +85,28 @@ class Resamples:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sets:
-    """What metrics average over.
+def measures(
+    summary_A3C: Floats,
+    frequencies: Sequence[str] | None,
+    groups: Mapping[str, NDArray[np.bool_]],
+) -> dict[str, float]:
+    """Return the metrics of a `summary` by name; NaN where there is nothing to measure.
 
-    Attributes:
+    Args:
+        summary_A3C: Of average precision.
         frequencies: C times ``"r"``, ``"c"`` or ``"f"``; None where not known.
         groups: Named sets of categories, bool (C,).
     """
-
-    frequencies: tuple[str, ...] | None
-    groups: Mapping[str, NDArray[np.bool_]]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The metrics, in the order of `measure`."""
-        by_frequency = [f"AP{value}" for value in FREQUENCIES] if self.frequencies else []
-        by_group = [f"{group}/{name}" for group in self.groups for name in _GROUP_METRICS]
-        return (
-            "AP",
-            "AP50",
-            "AP75",
-            *(f"AP{area[0]}" for area in AREAS[1:]),
-            *by_frequency,
-            *by_group,
-        )
-
-    def measure(self, summary_A3C: Floats) -> list[float]:
-        """Return the metrics of a `summary`."""
-        all_3C = summary_A3C[0]
-        values = [_mean(row_C) for row_C in (*all_3C, *summary_A3C[1:, 0])]
-        if self.frequencies:
-            frequency_C = np.array(self.frequencies)
-            values += [_mean(all_3C[0, frequency_C == value]) for value in FREQUENCIES]
-        for mask_C in self.groups.values():
-            values += [_mean(all_3C[0, mask_C]), _mean(all_3C[1, mask_C])]
-        return values
+    all_3C = summary_A3C[0]
+    parts = dict(zip(("AP", "AP50", "AP75"), all_3C, strict=True))
+    parts |= {f"AP{area[0]}": summary_A3C[index, 0] for index, area in enumerate(AREAS) if index}
+    if frequencies:
+        frequency_C = np.array(frequencies)
+        parts |= {f"AP{value}": all_3C[0, frequency_C == value] for value in FREQUENCIES}
+    for group, mask_C in groups.items():
+        parts |= {f"{group}/AP": all_3C[0, mask_C], f"{group}/AP50": all_3C[1, mask_C]}
+    known = {name: values[~np.isnan(values)] for name, values in parts.items()}
+    return {name: float(values.mean()) if values.size else np.nan for name, values in known.items()}
 
 
 def summary(precision_ATC: Floats) -> Floats:
@@ -140,7 +125,7 @@ def summary(precision_ATC: Floats) -> Floats:
 def resample(
     precision: WeightedPrecision,
     truth: GroundTruth,
-    sets: Sets,
+    groups: Mapping[str, NDArray[np.bool_]],
     *,
     number: int,
     seed: int = 0,
@@ -153,7 +138,7 @@ def resample(
     Args:
         precision: Average precision as a function of the images' weights.
         truth: The data set.
-        sets: What metrics average over.
+        groups: Sets of categories to average over, besides those of one frequency.
         number: How many resamples.
         seed: Of the draws.
         progress: Where progress is shown.
@@ -174,17 +159,19 @@ def resample(
                 drawn_RA3C[..., category_B] = np.moveaxis(summary(precision_ATBR), -1, 0)
             if start < 0:
                 whole_A3C = drawn_RA3C[0].copy()
-                kinds = sets.frequencies or ("",) * categories
+                kinds = truth.frequencies or ("",) * categories
                 few = FewImages(whole_A3C, precision.images_AC(), kinds)
             for index, drawn_A3C in zip(indices, drawn_RA3C, strict=True):
                 if index >= 0:
-                    values.append(sets.measure(few.widen(drawn_A3C, pooling(seed, index))))
+                    widened_A3C = few.widen(drawn_A3C, pooling(seed, index))
+                    values.append([*measures(widened_A3C, truth.frequencies, groups).values()])
                     present.append(_present(drawn_A3C, rare_C))
             task.advance(len(indices))
+    whole = measures(whole_A3C, truth.frequencies, groups)
     return Resamples(
-        names=sets.names,
+        names=tuple(whole),
         whole_A3C=whole_A3C,
-        values_M=np.array(sets.measure(whole_A3C)),
+        values_M=np.array([*whole.values()]),
         resampled_RM=np.array(values),
         rare=(_present(whole_A3C, rare_C), float(np.mean(present))) if rare_C.any() else None,
     )
@@ -251,31 +238,23 @@ def differences(first: Resamples, second: Resamples, confidence: float) -> tuple
     for index, name in enumerate(first.names):
         if name not in intervals:
             continue
-        interval, chance = _surety(
-            float(values_M[index]),
-            intervals[name],
-            float(np.nanstd(resampled_RM[:, index], ddof=1)),
-        )
+        difference, interval, chance = float(values_M[index]), intervals[name], None
+        if interval.high - interval.low > _ROUNDING:
+            error = float(np.nanstd(resampled_RM[:, index], ddof=1))
+            chance = 2 * (1 - NormalDist().cdf(abs(difference) / error))
+        elif abs(difference) <= _ROUNDING:
+            chance = 1.0
         compared.append(
             Difference(
                 metric=name,
                 first=float(first.values_M[index]),
                 second=float(second.values_M[index]),
-                difference=float(values_M[index]),
-                interval=interval,
+                difference=difference,
+                interval=None if chance is None else interval,
                 chance=chance,
             )
         )
     return tuple(compared)
-
-
-def _surety(
-    difference: float, interval: Interval, error: float
-) -> tuple[Interval | None, float | None]:
-    """Return a difference's interval and chance, both None where the resamples agree on one (see `Resamples`)."""
-    if interval.high - interval.low > _ROUNDING:
-        return interval, 2 * (1 - NormalDist().cdf(abs(difference) / error))
-    return (interval, 1.0) if abs(difference) <= _ROUNDING else (None, None)
 
 
 def _intervals(
@@ -297,11 +276,6 @@ def _intervals(
         value = float(values_M[index])
         intervals[name] = Interval(low=max(least, value - half), high=min(1.0, value + half))
     return intervals
-
-
-def _mean(values: Floats) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
 
 
 def _present(summary_A3C: Floats, chosen_C: NDArray[np.bool_]) -> int:

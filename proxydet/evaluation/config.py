@@ -8,6 +8,7 @@ from typing import Literal
 
 from proxydet.data.config import PROTOCOLS, Protocol
 from proxydet.errors import ConfigError
+from proxydet.modeling.config import require, require_positive, require_share
 
 _IOU_TYPES = ("bbox", "segm")
 _ENGINES = ("hotcoco", "lvis")
@@ -31,8 +32,8 @@ class EvaluationConfig:
     """The most detections of an image that LVIS's protocol counts, over all categories. COCO's has its own limits."""
 
     score_threshold: float = 0.3
-    """Precision, recall and false positives are also reported of the detections above this, in [0, 1]; classes that have a threshold
-    of their own have that. Average precision sees all detections."""
+    """Precision, recall and false positives are also reported of the detections above this, in [0, 1], one label a box as ``predict``
+    reports them; classes that have a threshold of their own have that. Average precision sees all detections."""
 
     fixed: bool = False
     """Fixed AP (Dave et al. 2021): no limit an image, but one a category over the data set. Not comparable with AP."""
@@ -79,20 +80,15 @@ class EvaluationConfig:
             raise ConfigError(
                 f"evaluation.iou_types is {list(self.iou_types)}.", hint="use bbox, segm, or both"
             )
-        if self.bootstrap < 0 or self.bootstrap == 1:
-            raise ConfigError(
-                f"evaluation.bootstrap is {self.bootstrap}; it must be 0, or at least 2."
-            )
-        if not 0 < self.confidence < 1:
-            raise ConfigError(f"evaluation.confidence is {self.confidence}; it must lie in (0, 1).")
-        if not 0 <= self.score_threshold <= 1:
-            raise ConfigError(
-                f"evaluation.score_threshold is {self.score_threshold}; it must lie in [0, 1]."
-            )
-        if self.seed < 0:
-            raise ConfigError(f"evaluation.seed is {self.seed}; it must not be negative.")
-        for name in ("max_detections", "fixed_detections", "fixed_per_image", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"evaluation.{name} is {getattr(self, name)}; it must be at least 1."
-                )
+        require(
+            self.bootstrap == 0 or self.bootstrap >= 2,
+            f"evaluation.bootstrap must be 0, or at least 2, not {self.bootstrap}",
+        )
+        require(
+            0 < self.confidence < 1,
+            f"evaluation.confidence must be above 0 and below 1, not {self.confidence}",
+        )
+        require_share("evaluation", score_threshold=self.score_threshold)
+        require(self.seed >= 0, f"evaluation.seed must not be negative, as {self.seed} is")
+        sizes = ("max_detections", "fixed_detections", "fixed_per_image", "batch_size")
+        require_positive("evaluation", **{name: getattr(self, name) for name in sizes})

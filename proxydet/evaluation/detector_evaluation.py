@@ -21,17 +21,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed
-from torch import nn
 
 from proxydet.data.dataset import Dataset, DatasetConfig
-from proxydet.data.images import Pixels, find_image
+from proxydet.data.images import find_image
 from proxydet.data.records import Identifier
 from proxydet.errors import ConfigError, DataError
 from proxydet.evaluation.config import EvaluationConfig
@@ -40,13 +39,13 @@ from proxydet.evaluation.evaluate import (
     check_protocol,
     run_evaluation,
     scored_types,
+    write_records,
 )
-from proxydet.evaluation.records import write_records
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.files import Lock, read_json, remove_cut_line, staged, write_errors, write_json
 from proxydet.inference.pipeline import WriteBehind, Writer, run_images
-from proxydet.modeling.config import InferenceConfig, with_later_settings
+from proxydet.modeling.config import with_later_settings
 from proxydet.modeling.postprocess import Prediction, mask_edges, rles, to_host
 from proxydet.modeling.weights import weights_digest
 from proxydet.reporting import SILENT, Progress
@@ -54,6 +53,7 @@ from proxydet.training.distributed import DistInfo, broadcast_value, wait_for_al
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    from proxydet.detector import Detector
     from proxydet.index.search import RegionIndex
     from proxydet.index.store import Part
 
@@ -271,34 +271,6 @@ class PredictionWriter(Writer):
         return []
 
 
-class ImageDetector(Protocol):
-    """What evaluation asks of a detector; :class:`proxydet.detector.Detector` is one."""
-
-    @property
-    def network(self) -> nn.Module:
-        """Its network, whose weights identify it."""
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The classes that it was trained on."""
-
-    @property
-    def inference(self) -> InferenceConfig:
-        """Its thresholds and limits."""
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """The shortest and the longest side, in pixels, that images are scaled to."""
-
-    def scaled(self, pixels_HW3: Pixels, settings: InferenceConfig) -> Any:
-        """Prepare a uint8 RGB image for `predict_images`; threads call this."""
-
-    def predict_images(
-        self, images: Sequence[Any], vocabulary: Vocabulary, settings: InferenceConfig
-    ) -> Sequence[Prediction]:
-        """Find objects in prepared images; boxes and masks in the pixels of the originals."""
-
-
 def result_rows(
     prediction: Prediction,
     image_id: Identifier,
@@ -336,59 +308,8 @@ def result_rows(
     return rows
 
 
-def _predict(
-    detector: ImageDetector,
-    split: DescribedSplit,
-    vocabulary: Vocabulary,
-    settings: InferenceConfig,
-    folder: PredictionFolder,
-    *,
-    info: DistInfo,
-    batch_size: int,
-    progress: Progress,
-) -> None:
-    """Predict this process's images that are not on disk yet; errors as of `evaluate`."""
-    if folder.complete:
-        return
-    images, ids = split.images, split.store.image_ids
-    category_id_C = _category_ids(split, vocabulary)
-    done = folder.images_done()
-    mine = range(info.rank, len(ids), info.world_size)
-    todo = [index for index in mine if ids[index] not in done]
-
-    def read(index: int) -> Any:
-        return detector.scaled(images.read(index), settings)
-
-    def detect(batch: list[Any]) -> list[tuple[Prediction, Edges | None]]:
-        found = detector.predict_images(batch, vocabulary, settings)
-        if not found or found[0].scores_N.device.type == "cpu":
-            return [(prediction, None) for prediction in found]
-        # A GPU pastes masks faster than this machine's threads, which encode them, behind the network.
-        edges = [mask_edges(each) if each.has_masks else None for each in found]
-        return list(zip(to_host(found), edges, strict=True))
-
-    with (
-        folder.writer(info.rank) as writer,
-        progress.task(
-            "predicting", total=len(mine), unit="images", done=len(mine) - len(todo)
-        ) as shown,
-        WriteBehind([writer], batch_size) as behind,
-        contextlib.closing(run_images(todo, read, detect, batch_size=batch_size)) as results,
-    ):
-        try:
-            for index, made in results:
-                if isinstance(made, DataError):
-                    raise made
-                _, (prediction, edges) = made
-                rows = partial(result_rows, prediction, ids[index], category_id_C, edges)
-                behind.add((ids[index], rows), f"image {ids[index]}")
-                shown.advance()
-        finally:
-            behind.finish()  # after an error or Ctrl-C too: what was found is not predicted again
-
-
 def evaluate(
-    detector: ImageDetector,
+    detector: Detector,
     data: Dataset | DatasetConfig | Path | str,
     *,
     split: str = "val",
@@ -431,7 +352,7 @@ def evaluate(
 
 
 def evaluate_split(
-    detector: ImageDetector,
+    detector: Detector,
     split: DescribedSplit,
     output: Path | None = None,
     *,
@@ -444,7 +365,7 @@ def evaluate_split(
     """Do as `evaluate` on a split that is open, and keep what the report was made from.
 
     Bias, scale and background of the classes count; their thresholds do not, so that average precision sees all detections:
-    `proxydet.evaluation.analysis.operating_points` measures what they do.
+    `proxydet.evaluation.analysis.operating_point` measures what they do.
 
     Args:
         detector: Finds objects.
@@ -475,7 +396,7 @@ def evaluate_split(
     if vocabulary is None:
         vocabulary = fusion_vocabulary(split.data.vocabulary, detector.vocabulary)
         _require_categories(split, vocabulary)
-    vocabulary = vocabulary.with_scorers(threshold=None)
+    classes = vocabulary.with_scorers(threshold=None)
     with _folder(output) as path, held(path):
         # What makes the predictions; masks are on top: those that have them serve where none are needed.
         chosen: dict[str, Any] = {
@@ -485,7 +406,7 @@ def evaluate_split(
         del chosen["inference settings"]["masks"]
         inputs = {
             "weights": weights_digest(detector.network),
-            "vocabulary": vocabulary.digest,
+            "vocabulary": classes.digest,
             "annotations": split.store.digest(),
         }
         identity = {**inputs, **chosen}
@@ -499,16 +420,48 @@ def evaluate_split(
             chosen |= {"masks": folder.masks}
             chosen |= {"dataset": split.data.config.name, "split": split.name}
             write_records(records, config, inputs, chosen, processes=info.world_size)
-        _predict(
-            detector, split, vocabulary, settings, folder,
-            info=info, batch_size=config.batch_size, progress=progress,
-        )  # fmt: skip
+        if not folder.complete:
+            ids, category_id_C = split.store.image_ids, _category_ids(split, classes)
+            done = folder.images_done()
+            mine = range(info.rank, len(ids), info.world_size)
+            todo = [index for index in mine if ids[index] not in done]
+            _ = split.roots  # refused before anything is predicted
+
+            def read(index: int) -> Any:
+                return detector.scaled(split.read(index), settings)
+
+            def detect(batch: list[Any]) -> list[tuple[Prediction, Edges | None]]:
+                found = detector.predict_images(batch, classes, settings)
+                if not found or found[0].scores_N.device.type == "cpu":
+                    return [(prediction, None) for prediction in found]
+                # A GPU pastes masks faster than this machine's threads, which encode them, behind the network.
+                edges = [mask_edges(each) if each.has_masks else None for each in found]
+                return list(zip(to_host(found), edges, strict=True))
+
+            size = config.batch_size
+            with (
+                folder.writer(info.rank) as writer,
+                progress.task(
+                    "predicting", total=len(mine), unit="images", done=len(mine) - len(todo)
+                ) as shown,
+                WriteBehind([writer], size) as behind,
+                contextlib.closing(run_images(todo, read, detect, batch_size=size)) as results,
+            ):
+                try:
+                    for index, made in results:
+                        if isinstance(made, DataError):
+                            raise made
+                        _, (prediction, edges) = made
+                        rows = partial(result_rows, prediction, ids[index], category_id_C, edges)
+                        behind.add((ids[index], rows), f"image {ids[index]}")
+                        shown.advance()
+                finally:
+                    behind.finish()  # after an error or Ctrl-C too: what was found is not predicted again
         wait_for_all(info)
         if not info.is_main:
             return None
-        results = folder.join(split.store.image_ids)
         return run_evaluation(
-            results, split.truth,
+            folder.join(split.store.image_ids), split.truth,
             config=config, groups=split.groups, progress=progress, predicted=predicted,
         )  # fmt: skip
 
@@ -543,7 +496,7 @@ def evaluate_index(
     if config.fixed:
         settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
     category_id_C = _category_ids(split, vocabulary)
-    roots, ids = split.images.roots, split.store.image_ids
+    roots, ids = split.roots, split.store.image_ids
     places: list[tuple[Part, int]] = []
     missing: list[str] = []
     for row in range(len(ids)):

@@ -1,10 +1,11 @@
-"""From results and annotations to a report, and from two results to their difference."""
+"""From results and annotations to a report, from two results to their difference, and the records of what a report was made from."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.errors import ConfigError, DataError, RuntimeEnvironmentError
+from proxydet.config import to_mapping
+from proxydet.data.formats.coco import no_garbage_collection
+from proxydet.errors import ConfigError, DataError, InputError, RuntimeEnvironmentError
 from proxydet.evaluation.bootstrap import (
     Difference,
     Resamples,
-    Sets,
     WeightedPrecision,
     differences,
     resample,
@@ -48,7 +50,11 @@ from proxydet.evaluation.scoring import (
     run_official,
     select,
 )
+from proxydet.files import sha256
+from proxydet.manifest import MANIFEST_NAME, build_manifest, read_manifest, write_run_records
 from proxydet.reporting import SILENT, Progress
+from proxydet.runtime.modes import Mode
+from proxydet.runtime.report import environment
 from proxydet.wording import first_of
 
 _LOG = logging.getLogger(__name__)
@@ -60,7 +66,7 @@ TruthSource = Path | str | dict[str, Any] | GroundTruth
 _ROUNDING = 1e-9
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Scored:
     """All that scoring boxes, or masks, gave.
 
@@ -70,7 +76,6 @@ class Scored:
         results: All detections.
         selection: The detections that were scored.
         curves: Precision and recall, from the engine.
-        known_matches: Our own matches, where they were needed already.
         resamples: Metrics of resampled images; None when none were asked for.
     """
 
@@ -79,14 +84,11 @@ class Scored:
     results: Results
     selection: Selection
     curves: Curves
-    known_matches: Matches | None = field(default=None, repr=False)
     resamples: Resamples | None = None
 
     @cached_property
     def matches(self) -> Matches:
         """Which detection finds which annotation; worked out when it is first asked for."""
-        if self.known_matches is not None:
-            return self.known_matches
         return match(self.truth, self.results, self.selection, self.iou_type)
 
 
@@ -114,6 +116,7 @@ class Evaluation:
         return self.scored.get("segm") or self.scored.get("bbox")
 
 
+@no_garbage_collection()
 def run_evaluation(
     results: ResultsSource,
     ground_truth: TruthSource,
@@ -284,51 +287,37 @@ def _score(
         # The official evaluator has no fixed AP: it gets the chosen detections, without a limit of its own.
         given = results.take(selection.detection_S) if config.fixed else results
         curves = run_official(truth, given, iou_type=iou_type, limits=limits, per_image=per_image)
-    matches = resamples = None
-    if config.bootstrap:
-        matches = match(truth, results, selection, iou_type)
-        resamples = resample(
-            WeightedPrecision(matches, len(truth.category_ids)),
-            truth,
-            Sets(frequencies=truth.frequencies, groups=groups),
-            number=config.bootstrap,
-            seed=config.seed,
-            progress=progress,
-        )
-        assert resamples.whole_A3C is not None
-        _check_against_engine(resamples.whole_A3C, curves, truth, config.engine)
-    return Scored(
-        iou_type=iou_type,
-        truth=truth,
-        results=results,
-        selection=selection,
-        curves=curves,
-        known_matches=matches,
-        resamples=resamples,
+    scored = Scored(
+        iou_type=iou_type, truth=truth, results=results, selection=selection, curves=curves
     )
-
-
-def _check_against_engine(
-    ours_A3C: NDArray[np.float64], curves: Curves, truth: GroundTruth, engine: str
-) -> None:
-    """Intervals come from our own matches: without resampling these must give the engine's average precision.
-
-    Raises:
-        RuntimeEnvironmentError: They do not.
-    """
-    engine_A3C = summary(curves.average_TCA.transpose(2, 0, 1))
+    if not config.bootstrap:
+        return scored
+    scored.resamples = resample(
+        WeightedPrecision(scored.matches, len(truth.category_ids)),
+        truth,
+        groups,
+        number=config.bootstrap,
+        seed=config.seed,
+        progress=progress,
+    )
+    # Intervals come from our own matches: without resampling these must give the engine's average precision.
+    ours_A3C, engine_A3C = (
+        scored.resamples.whole_A3C,
+        summary(curves.average_TCA.transpose(2, 0, 1)),
+    )
+    assert ours_A3C is not None
     apart_A3C = np.abs(ours_A3C - engine_A3C) > _ROUNDING
     apart_A3C |= np.isnan(ours_A3C) != np.isnan(engine_A3C)
-    if not apart_A3C.any():
-        return
-    names = [truth.category_names[index] for index in np.flatnonzero(apart_A3C.any(axis=(0, 1)))]
-    raise RuntimeEnvironmentError(
-        f"The engine {engine!r} gives another average precision than the matches that intervals are made from, in "
-        f"{len(names)} categories ({first_of(names)}).",
-        hint="evaluate with the official one: --engine lvis"
-        if engine == "hotcoco"
-        else "report this with the files; --bootstrap 0 gives the metrics without intervals",
-    )
+    if apart_A3C.any():
+        apart_C = np.flatnonzero(apart_A3C.any(axis=(0, 1)))
+        raise RuntimeEnvironmentError(
+            f"The engine {config.engine!r} gives another average precision than the matches that intervals are made from, in "
+            f"{len(apart_C)} categories ({first_of([truth.category_names[index] for index in apart_C])}).",
+            hint="evaluate with the official one: --engine lvis"
+            if config.engine == "hotcoco"
+            else "report this with the files; --bootstrap 0 gives the metrics without intervals",
+        )
+    return scored
 
 
 def _openimages(truth: GroundTruth, results: Results, config: EvaluationConfig) -> Evaluation:
@@ -441,7 +430,7 @@ def _counts(truth: GroundTruth, results: Results, scored: Mapping[str, Scored]) 
     first = next((part.selection for part in scored.values()), None)
     return Counts(
         images=len(truth.image_ids),
-        images_with_detections=len(np.unique(results.image_D)),
+        images_with_detections=int(np.count_nonzero(np.bincount(results.image_D))),
         annotations=len(truth.ann_image_A),
         annotations_without_mask=int(np.count_nonzero(~truth.masked_A)),
         detections=len(results),
@@ -505,3 +494,79 @@ def compare_results(
             "boxes nor masks."
         )
     return compared
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+RESULTS = "results"
+"""What the results file that was scored is called in the configuration and among the digests."""
+
+
+def record_results(
+    folder: Path, results: Path, truth: GroundTruth, config: EvaluationConfig
+) -> None:
+    """Write the records of scoring a results file; arguments as of `write_records`, and the annotations, read from a file."""
+    digests = {RESULTS: sha256(results), "annotations": truth.store.digest()}
+    chosen = {"dataset": truth.name, RESULTS: str(results.resolve())}
+    write_records(folder, config, digests, chosen)
+
+
+def recorded_results(folder: Path) -> Path | None:
+    """Return the results file that an evaluation in this folder scored; None where it made its own or nothing says.
+
+    Raises:
+        InputError: The file is not there any more, or holds something else by now.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(folder)
+    place = manifest.configuration.get(RESULTS)
+    if place is None:
+        return None
+    path = Path(place)
+    if not path.is_file():
+        changed = "is not there any more"
+    elif sha256(path) != manifest.digests[RESULTS]:
+        changed = "has changed since"
+    else:
+        return path
+    raise InputError(
+        f"{folder} is an evaluation of {path}, which {changed}.",
+        hint="give the results file itself, or evaluate again",
+        path=path,
+    )
+
+
+def write_records(
+    folder: Path,
+    config: EvaluationConfig,
+    digests: Mapping[str, str],
+    configuration: Mapping[str, Any],
+    *,
+    processes: int = 1,
+) -> None:
+    """Write ``manifest.json`` and ``environment.json``, the records that a training has: ``proxydet env --diff`` compares them.
+
+    Args:
+        folder: The evaluation's folder; made when it is not there.
+        config: How it is scored.
+        digests: By name, digests of what goes in.
+        configuration: What else was chosen, as plain values.
+        processes: How many work on it.
+    """
+    mode: Mode = "off"
+    # Scoring a file needs no torch: then it is not imported to be asked about GPUs either.
+    if with_torch := "torch" in sys.modules:
+        from proxydet.runtime.modes import current_mode
+
+        mode = current_mode()
+    manifest = build_manifest(
+        "evaluation",
+        configuration={"scoring": to_mapping(config), **configuration},
+        digests=digests,
+        mode=mode,
+        seeds={"resamples": config.seed},
+        world_size=processes,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_run_records(folder, manifest, environment(quick=not with_torch))

@@ -157,17 +157,8 @@ def _expanded(results: Results, ancestors: Mapping[int, tuple[int, ...]]) -> Res
     """Return the detections, each followed by copies for the categories above its own."""
     above = [(int(category), *ancestors.get(int(category), ())) for category in results.category_D]
     source = np.repeat(np.arange(len(above)), [len(categories) for categories in above])
-    return replace(
-        results,
-        image_D=results.image_D[source],
-        category_D=np.array(
-            [value for categories in above for value in categories], dtype=np.int64
-        ),
-        score_D=results.score_D[source],
-        box_D4=results.box_D4[source],
-        drawn_D=results.drawn_D[source],
-        mask_D=results.mask_D[source],
-    )
+    every = [value for categories in above for value in categories]
+    return replace(results.take(source), category_D=np.array(every, dtype=np.int64))
 
 
 def _hits(truth: GroundTruth, results: Results, selection: Selection) -> Hits:

@@ -29,7 +29,6 @@ from proxydet.evaluation.report import (
     IOU_TYPE_NAMES,
     Interval,
     Report,
-    TypeReport,
     category_csv,
     group_rows,
     metric_rows,
@@ -122,7 +121,7 @@ def _page(
         sections.append(
             Section(
                 title="Above a threshold",
-                text="Detections at IoU 0.5 that find an object and that do not; an empty image has no object of the classes.",
+                text="With one label a box, as predict reports them: detections at IoU 0.5 that find an object and that do not; an empty image has no object of the classes.",
                 tables=[_table(operating_rows(points))],
             )
         )
@@ -170,14 +169,10 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     name, prefix = IOU_TYPE_NAMES[part.iou_type], report.metric_prefix
     facts = []
     for metric in ("AP", "AP50", "APr"):
-        value = part.metrics.get(metric)
+        value, interval = part.metrics.get(metric), part.intervals.get(metric)
         if value is not None:
-            facts.append(
-                (
-                    f"{name} {prefix}{metric}",
-                    f"{100 * value:.1f}{_spread(part.intervals.get(metric))}",
-                )
-            )
+            spread = "" if interval is None else f" ± {_half(interval):.1f}"
+            facts.append((f"{name} {prefix}{metric}", f"{100 * value:.1f}{spread}"))
     return facts
 
 
@@ -199,9 +194,12 @@ def _scores(report: Report) -> Section:
     spreads: dict[str, dict[str, float]] = {}
     for kind, part in report.types.items():
         name = f"{IOU_TYPE_NAMES[kind]} {report.metric_prefix}AP"
-        for label, value, interval in _bar_values(part):
-            bars.setdefault(label, {})[name] = 100 * value
-            spreads.setdefault(label, {})[name] = _half(interval)
+        values = {"all": ("AP", part.metrics.get("AP"))}
+        values |= {group.name: (f"{group.name}/AP", group.ap) for group in part.groups}
+        for label, (metric, value) in values.items():
+            if value is not None:
+                bars.setdefault(label, {})[name] = 100 * value
+                spreads.setdefault(label, {})[name] = _half(part.intervals.get(metric))
     return Section(
         title="Scores",
         text=text,
@@ -211,16 +209,6 @@ def _scores(report: Report) -> Section:
         ],
         plots=[svg_of(bar_plot(bars, label="AP", errors=spreads))] if bars else [],
     )
-
-
-def _bar_values(part: TypeReport) -> list[tuple[str, float, Interval | None]]:
-    values = []
-    if part.metrics.get("AP") is not None:
-        values.append(("all", part.metrics["AP"] or 0.0, part.intervals.get("AP")))
-    for group in part.groups:
-        if group.ap is not None:
-            values.append((group.name, group.ap, part.intervals.get(f"{group.name}/AP")))
-    return values
 
 
 def _categories(report: Report) -> Section:
@@ -242,21 +230,17 @@ def _categories(report: Report) -> Section:
         if len(shown) == len(rows)
         else "The best 20 and the last 20; all are in per_category.csv."
     )
-    return Section(
-        title="Categories",
-        tables=[Table(columns=columns, rows=shown, caption=caption)],
-        plots=_scatter(part),
-    )
-
-
-def _scatter(part: TypeReport) -> list[str]:
     series: dict[str, list[tuple[float, float, str]]] = {}
     for score in part.categories:
         if score.ap is not None and score.training_images is not None:
             name = FREQUENCY_NAMES.get(score.frequency or "", "categories")
             point = (float(score.training_images), 100 * score.ap, score.name)
             series.setdefault(name, []).append(point)
-    return [scatter_svg(series, PALETTE)] if series else []
+    return Section(
+        title="Categories",
+        tables=[Table(columns=columns, rows=shown, caption=caption)],
+        plots=[scatter_svg(series, PALETTE)] if series else [],
+    )
 
 
 def _curves(evaluation: Evaluation, scored: Scored) -> Section:
@@ -314,21 +298,13 @@ def _calibration(calibration: Calibration, report: Report) -> Section:
     )
 
 
-def _table(rows: Sequence[Mapping[str, object]]) -> Table:
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     columns = list(rows[0])
-    return Table(columns=columns, rows=[[_cell(row.get(name)) for name in columns] for row in rows])
-
-
-def _cell(value: object) -> str | float | int | None:
-    return value if value is None or isinstance(value, str | float | int) else str(value)
+    return Table(columns=columns, rows=[[row.get(name) for name in columns] for row in rows])
 
 
 def _half(interval: Interval | None) -> float:
     return 0.0 if interval is None else 50 * (interval.high - interval.low)
-
-
-def _spread(interval: Interval | None) -> str:
-    return "" if interval is None else f" ± {_half(interval):.1f}"
 
 
 # -- the error gallery -------------------------------------------------------------------------------------------------
@@ -529,78 +505,57 @@ def _corners(box_4: NDArray[np.float64]) -> tuple[float, float, float, float]:
 
 # -- the scatter plot ---------------------------------------------------------------------------------------------------
 
-
-_WIDTH, _HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 30, 40
-
 Point = tuple[float, float, str]
 """Number of training images (at least 0), AP in percent, name."""
 
 
 def scatter_svg(series: Mapping[str, Sequence[Point]], colours: Sequence[str]) -> str:
-    """Return an ``<svg>`` element: AP upwards, training images to the right on a logarithmic scale.
+    """Return an ``<svg>`` element: AP upwards, training images to the right on a logarithmic scale; each point has its name.
 
     Args:
         series: Points by name of the series.
         colours: One for each series, as CSS has them.
     """
+    width, height, left, right, top, bottom = 560, 300, 44, 548, 30, 260
     most = max((x for points in series.values() for x, _, _ in points), default=1.0)
     decades = max(1, math.ceil(math.log10(max(most, 1.0) + 1)))
-    parts = [_axes(decades)]
+
+    def across(images: float) -> float:
+        """Horizontal place; 0 images stand at the left edge, 1 a little to the right of it."""
+        return left + math.log10(images + 1) / decades * (right - left)
+
+    def up(percent: float) -> float:
+        return top + (1 - percent / 100) * (bottom - top)
+
+    def text(x: float, y: float, content: str, anchor: str) -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="currentColor">{escape(content)}</text>'
+
+    def line(path: str) -> str:
+        return f'<path d="{path}" stroke="currentColor" opacity="0.15"/>'
+
+    parts = [text((left + right) / 2, height - 6, "training images", "middle")]
+    parts.append(text(left - 6, 14, "AP", "end"))
+    for percent in range(0, 101, 20):
+        y = up(percent)
+        parts += [line(f"M{left} {y:.1f}H{right}"), text(left - 6, y + 4, str(percent), "end")]
+    for images in [0, *(10**power for power in range(decades + 1))]:
+        x = across(images)
+        if x <= right + 1:
+            parts.append(line(f"M{x:.1f} {top}V{bottom}"))
+            parts.append(text(x, bottom + 15, f"{images:,}", "middle"))
+    legend = left + 14.0
     for (name, points), colour in zip(series.items(), colours, strict=False):
         dots = "".join(
-            f'<circle cx="{_x(x, decades):.1f}" cy="{_y(y):.1f}" r="3">'
+            f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3">'
             f"<title>{escape(label)}: AP {y:.1f}, {x:.0f} training images</title></circle>"
             for x, y, label in points
         )
-        parts.append(
-            f'<g fill="{colour}" fill-opacity="0.6"><title>{escape(name)}</title>{dots}</g>'
-        )
-    parts.append(_legend(list(series), colours))
+        title = f"<title>{escape(name)}</title>"
+        parts.append(f'<g fill="{colour}" fill-opacity="0.6">{title}{dots}</g>')
+        parts.append(f'<circle cx="{legend}" cy="10" r="4" fill="{colour}"/>')
+        parts.append(text(legend + 10, 14, name, "start"))
+        legend += 34 + 6.5 * len(name)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" '
-        f'height="{_HEIGHT}" role="img" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
     )
-
-
-def _x(images: float, decades: int) -> float:
-    """Horizontal place; 0 images stand at the left edge, 1 a little to the right of it."""
-    share = math.log10(images + 1) / decades
-    return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
-
-
-def _y(percent: float) -> float:
-    return _TOP + (1 - percent / 100) * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _axes(decades: int) -> str:
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    lines = []
-    for percent in range(0, 101, 20):
-        y = _y(percent)
-        lines.append(f'<path d="M{_LEFT} {y:.1f}H{right}" stroke="currentColor" opacity="0.15"/>')
-        lines.append(_text(_LEFT - 6, y + 4, str(percent), "end"))
-    for images in [0, *(10**power for power in range(decades + 1))]:
-        x = _x(images, decades)
-        if x <= right + 1:
-            lines.append(
-                f'<path d="M{x:.1f} {_TOP}V{bottom}" stroke="currentColor" opacity="0.15"/>'
-            )
-            lines.append(_text(x, bottom + 15, f"{images:,}", "middle"))
-    lines.append(_text((_LEFT + right) / 2, _HEIGHT - 6, "training images", "middle"))
-    lines.append(_text(_LEFT - 6, 14, "AP", "end"))
-    return "".join(lines)
-
-
-def _legend(names: Sequence[str], colours: Sequence[str]) -> str:
-    entries = []
-    x = float(_LEFT + 14)
-    for name, colour in zip(names, colours, strict=False):
-        entries.append(f'<circle cx="{x}" cy="10" r="4" fill="{colour}"/>')
-        entries.append(_text(x + 10, 14, name, "start"))
-        x += 34 + 6.5 * len(name)
-    return "".join(entries)
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="currentColor">{escape(text)}</text>'

@@ -19,11 +19,12 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, repeat
+from itertools import accumulate, chain, repeat
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 
 import msgspec
 import numpy as np
@@ -145,13 +146,13 @@ def read_results(
         path=path,
         name=name,
         allow_outside=allow_outside,
+        known={"image_id": truth.image_index, "category_id": truth.category_index},
         dropped=truth.store.dropped_images,
     )
     report = reading.report
     parts: list[Results] = []
     with no_garbage_collection():
         text = JsonText(content, name, kind="a results file", hint=_HINT, report=report)
-        indexes: tuple[Index, Index] = truth.image_index, truth.category_index
         rows, key = None, ""
         if text.start[:1] == b"{":
             lists = text.fields(_Object)
@@ -161,13 +162,12 @@ def read_results(
                 raise text.error("it has no list of annotations or predictions")
             listed = _named(text, lists, "images", name)
             images, reading.dropped = _images_of(listed, truth, name, path)
-            indexes = (
-                images,
-                _categories_of(_named(text, lists, "categories", name), truth, name, path),
-            )
-            absent = len(truth.image_ids) - len(
-                {indexes[0].get(row.id, -1) for row in listed} - {-1}
-            )
+            named = _named(text, lists, "categories", name)
+            reading.known = {
+                "image_id": images,
+                "category_id": _categories_of(named, truth, name, path),
+            }
+            absent = len(truth.image_ids) - len({images.get(row.id, -1) for row in listed} - {-1})
             if listed and absent:
                 _LOG.warning(
                     "%s: %d of the %d images of %s are not in its list of images: their objects count as missed",
@@ -176,11 +176,27 @@ def read_results(
                     len(truth.image_ids),
                     truth.name,
                 )
-        for block in text.records(_Row, _loose_row, "detection.record", text=rows, field=key):
-            parts.append(_columns(block, indexes, reading, keep_every_mask))
+        for block in text.records(
+            _Row, _loose_row, "detection.record", first=_Numbers, text=rows, field=key
+        ):
+            parts.append(_columns(block, reading, keep_every_mask))
             report.annotations_in += len(block)
     reading.refuse_if_needed()
-    results = _joined(path, parts, report)
+    names = ("image_D", "category_D", "score_D", "box_D4", "drawn_D", "mask_area_M")
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    first = accumulate((len(part.masks) for part in parts), initial=0)
+    shifted = [
+        np.where(p.mask_D < 0, -1, p.mask_D + at) for p, at in zip(parts, first, strict=False)
+    ]
+    results = Results(
+        path=path,
+        **columns,
+        mask_D=np.concatenate(shifted),
+        masks=[mask for part in parts for mask in part.masks],
+        without_mask=sum(part.without_mask for part in parts),
+        damaged_masks=sum(part.damaged_masks for part in parts),
+        report=report,
+    )
     report.annotations_kept = len(results)
     lines = report.lines("detection")
     if not report.annotations_in:
@@ -196,7 +212,8 @@ def read_results(
         raise refused("file.masks", path, name, lines)
     for line in lines:
         _LOG.warning("%s: %s", name, line)
-    _warn_of_corners(results, truth, name)
+    if reading.convention.may_be_corners:
+        _warn_of_corners(results, truth, name)
     if not allow_duplicates:
         _check_duplicates(results, truth)
     return results
@@ -213,6 +230,41 @@ class _Row(msgspec.Struct, gc=False):
     score: float
     bbox: tuple[float, float, float, float] | None = None
     segmentation: msgspec.Raw = _ABSENT
+
+
+_LARGEST_ID = 1 << 23
+_Whole: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=_LARGEST_ID, multiple_of=1)]
+
+
+class _Numbers(msgspec.Struct, gc=False, omit_defaults=True):
+    """A detection with a box and small whole ids, which is what most files hold throughout."""
+
+    image_id: _Whole
+    category_id: _Whole
+    score: float
+    bbox: tuple[float, float, float, float]
+    segmentation: msgspec.Raw = _ABSENT
+
+
+# As MessagePack all detections without a mask are equally long: each number is 8 bytes behind a mark.
+_packed = msgspec.msgpack.Encoder().encode
+_SIDES = ("x", "y", "width", "height")
+_EXAMPLE = _packed(_Numbers(0.0, 0.0, 0.0, (0.0, 0.0, 0.0, 0.0)))
+_RECORD = np.dtype(
+    {
+        "names": ("image_id", "category_id", "score", *_SIDES),
+        "formats": [">f8"] * 7,
+        "offsets": [at + 1 for at, byte in enumerate(_EXAMPLE) if byte == 0xCB],
+        "itemsize": len(_EXAMPLE),
+    }
+)
+
+
+def _table(rows: list[_Numbers]) -> NDArray[Any] | None:
+    """Return the numbers of detections, a column a field, without making Python objects of them; None where one has a mask."""
+    text = _packed(rows)
+    head = len(text) - len(rows) * _RECORD.itemsize
+    return np.frombuffer(text, _RECORD, offset=head) if head <= 5 else None
 
 
 _RUNS = msgspec.json.Decoder(list[masks.RunLengths])
@@ -358,37 +410,48 @@ def _categories_of(
 
 
 def _columns(
-    block: list[_Row | Unusable],
-    indexes: tuple[Index, Index],
+    block: list[_Row | _Numbers | Unusable],
     reading: _Reading,
     keep_every_mask: bool,
 ) -> Results:
     """Check detections, and return those that can be placed in the data set; what is wrong is noted in ``reading``."""
     truth, report = reading.truth, reading.report
+    rows: list[Any] = block
     place_D = np.arange(report.annotations_in, report.annotations_in + len(block))
-    rows = cast(list[_Row], block)
-    if not set(map(type, block)) <= {_Row}:
+    table = None
+    if block and type(block[0]) is _Numbers:  # then all are
+        table = _table(rows) if block[0].segmentation is _ABSENT else None
+    elif Unusable in set(map(type, block)):
         for record in block:
             if isinstance(record, Unusable):
                 report.count(record.deviation, [record.which])
         place_D = place_D[[not isinstance(row, Unusable) for row in block]]
         rows = [row for row in block if not isinstance(row, Unusable)]
     reading.place_D = place_D
-    image_D = reading.numbers("image_id", [row.image_id for row in rows], indexes[0])
-    category_D = reading.numbers("category_id", [row.category_id for row in rows], indexes[1])
+    texts: list[msgspec.Raw] = []
+    masked_D, absent_D = np.zeros((2, len(rows)), dtype=bool)
+    if table is not None:
+        image_D = reading.numbers("image_id", table["image_id"])
+        category_D = reading.numbers("category_id", table["category_id"])
+        score_D = table["score"].astype(np.float64)
+        box_D4 = np.stack([table[side] for side in _SIDES], axis=1, dtype=np.float64)
+    else:
+        image_D = reading.numbers("image_id", [row.image_id for row in rows])
+        category_D = reading.numbers("category_id", [row.category_id for row in rows])
+        score_D = np.array([row.score for row in rows], dtype=np.float64)
+        texts = [row.segmentation for row in rows]
+        if texts.count(_ABSENT) < len(rows):
+            masked_D = (
+                np.fromiter(map(len, texts), dtype=np.int64, count=len(rows)) > _SHORTEST_MASK
+            )
+        boxes = [row.bbox for row in rows]
+        if None in boxes:
+            absent_D = np.array([box is None for box in boxes])
+            boxes = [box or (0.0, 0.0, 0.0, 0.0) for box in boxes]
+        # By struct, which takes a third of the time of numpy's own ways.
+        packed = struct.pack(f"{4 * len(rows)}d", *chain.from_iterable(boxes))
+        box_D4 = np.frombuffer(bytearray(packed)).reshape(-1, 4)
     known_D = (image_D >= 0) & (category_D >= 0)
-    texts = [row.segmentation for row in rows]
-    masked_D = np.zeros(len(rows), dtype=bool)
-    if texts.count(_ABSENT) < len(rows):  # not a file of boxes; comparing is faster than measuring
-        masked_D = np.fromiter(map(len, texts), dtype=np.int64, count=len(rows)) > _SHORTEST_MASK
-    boxes = [row.bbox for row in rows]
-    absent_D = np.zeros(len(rows), dtype=bool)
-    if None in boxes:
-        absent_D = np.array([box is None for box in boxes])
-        boxes = [box or (0.0, 0.0, 0.0, 0.0) for box in boxes]
-    # By struct, which takes a third of the time of numpy's own ways.
-    packed = struct.pack(f"{4 * len(rows)}d", *chain.from_iterable(cast(Any, boxes)))
-    box_D4 = np.frombuffer(bytearray(packed)).reshape(-1, 4)
     sound_D = (box_D4[:, 2] >= 0) & (box_D4[:, 3] >= 0)
     for side_D in box_D4.T:  # by columns: numpy reduces along rows of four slowly
         sound_D &= np.abs(side_D) < masks.LARGEST_NUMBER
@@ -405,7 +468,7 @@ def _columns(
     kept_D = known_D & ~(drawn_D & (damaged_D | ~masked_D))
     damaged_D &= kept_D
     # A mask that cannot be read finds nothing, in every engine: it is an empty one.
-    for image in np.unique(image_D[damaged_D]).tolist():
+    for image in np.unique(image_D[damaged_D]).tolist() if damaged_D.any() else ():
         mask_D[damaged_D & (image_D == image)] = len(kept_masks)
         height, width = truth.image_sizes_I2[image].tolist()
         runs = {"size": [height, width], "counts": [height * width]}
@@ -413,9 +476,12 @@ def _columns(
     area_M = np.append(area_M, np.zeros(len(kept_masks) - len(area_M)))
     reading.count("annotation.bbox", np.flatnonzero(known_D & ~kept_D))
     reading.count("annotation.bbox.mask", np.flatnonzero(kept_D & ~sound_D))
-    reading.check_boxes(image_D, box_D4, kept_D)
+    size_D2 = truth.image_sizes_I2[image_D]
+    if not reading.allow_outside:
+        reading.check_boxes(size_D2, box_D4, image_D, kept_D)
     given = np.flatnonzero(kept_D & ~drawn_D)
-    reading.convention.add(box_D4[given], truth.image_sizes_I2[image_D[given]])
+    every = len(given) == len(box_D4)
+    reading.convention.add(*(box_D4, size_D2) if every else (box_D4[given], size_D2[given]))
     masked = given[mask_D[given] >= 0]
     masked = masked[area_M[mask_D[masked]] > 0][: reading.convention.compares]
     if len(masked):
@@ -425,7 +491,7 @@ def _columns(
         path=reading.path,
         image_D=image_D,
         category_D=category_D,
-        score_D=np.array([row.score for row in rows], dtype=np.float64),
+        score_D=score_D,
         box_D4=box_D4,
         drawn_D=drawn_D,
         mask_D=mask_D,
@@ -444,7 +510,7 @@ def _masks(
     reading: _Reading,
 ) -> tuple[NDArray[np.int64], list[dict[str, Any]], NDArray[np.float64]]:
     """Return the number of each detection's mask (-1 where none can be read), the masks, and their areas."""
-    mask_D = np.full(len(texts), -1, dtype=np.int64)
+    mask_D = np.full(len(image_D), -1, dtype=np.int64)
     if not len(wanted):
         return mask_D, [], np.zeros(0)
     # Detections of one box share its mask: each is read once.
@@ -511,33 +577,6 @@ def _json(text: bytes) -> Any:
         return text  # not a mask
 
 
-def _joined(path: Path | None, parts: list[Results], report: StoreReport) -> Results:
-    before = np.cumsum([0] + [len(part.masks) for part in parts])
-
-    def column(name: str, empty: NDArray[Any]) -> NDArray[Any]:
-        return np.concatenate([empty, *(getattr(part, name) for part in parts)])
-
-    none = np.zeros(0, dtype=np.int64)
-    shifted = [
-        np.where(part.mask_D < 0, -1, part.mask_D + shift)
-        for part, shift in zip(parts, before, strict=False)
-    ]
-    return Results(
-        path=path,
-        image_D=column("image_D", none),
-        category_D=column("category_D", none),
-        score_D=column("score_D", np.zeros(0)),
-        box_D4=column("box_D4", np.zeros((0, 4))),
-        drawn_D=column("drawn_D", np.zeros(0, dtype=bool)),
-        mask_D=np.concatenate([none, *shifted]),
-        masks=[mask for part in parts for mask in part.masks],
-        mask_area_M=column("mask_area_M", np.zeros(0)),
-        without_mask=sum(part.without_mask for part in parts),
-        damaged_masks=sum(part.damaged_masks for part in parts),
-        report=report,
-    )
-
-
 # -- what is wrong ----------------------------------------------------------------------------------------------------
 
 _REFUSED = ("detection.image_id.unknown", "detection.category_id.unknown", "detection.bbox.outside")
@@ -557,7 +596,9 @@ class _Reading:
         masks_given: Masks that were read, or are damaged.
         masks_read: Masks that were read.
         convention: What the boxes are: pixels, fractions or corners.
+        known: By field, the ids that may stand in it.
         dropped: Ids of images that were dropped from the annotations.
+        tables: By field, one more than the number of each small whole id; 0 of one that is not known.
         misspelled: Deviations of ids that are known when they are written as the other type.
     """
 
@@ -565,12 +606,14 @@ class _Reading:
     path: Path | None
     name: str
     allow_outside: bool
+    known: dict[str, Index]
     report: StoreReport = field(default_factory=StoreReport)
     place_D: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     masks_given: int = 0
     masks_read: int = 0
     convention: BoxConvention = field(default_factory=partial(BoxConvention, exact=False))
     dropped: Set[Identifier] = frozenset()
+    tables: dict[str, NDArray[np.int32]] = field(default_factory=dict)
     misspelled: set[str] = field(default_factory=set)
 
     def count(
@@ -583,12 +626,22 @@ class _Reading:
             )
             self.report.count(key, chain(named, repeat("", max(0, len(rows) - _SHOWN))))
 
-    def numbers(self, field: str, ids: list[Any], known: Index) -> NDArray[np.int64]:
+    def numbers(self, field: str, ids: NDArray[Any] | list[Any]) -> NDArray[np.int64]:
         """Return the number of each id; -1 for images or categories that the data set does not have, which is counted."""
-        try:
-            return np.fromiter(map(known.__getitem__, ids), dtype=np.int64, count=len(ids))
-        except KeyError:
-            number_D = np.array([known.get(value, -1) for value in ids], dtype=np.int64)
+        known = self.known[field]
+        if isinstance(ids, np.ndarray):
+            if field not in self.tables:
+                small = [i for i in known if isinstance(i, int) and 0 <= i <= _LARGEST_ID]
+                self.tables[field] = np.zeros(_LARGEST_ID + 1, dtype=np.int32)
+                self.tables[field][small] = [known[i] + 1 for i in small]
+            place_D = self.tables[field][ids.astype(np.int64)]
+            if place_D.all():
+                return np.subtract(place_D, 1, dtype=np.int64)
+        else:
+            with suppress(KeyError):
+                return np.fromiter(map(known.__getitem__, ids), dtype=np.int64, count=len(ids))
+        ids = [int(value) if isinstance(value, float) else value for value in ids]
+        number_D = np.array([known.get(value, -1) for value in ids], dtype=np.int64)
         key = f"detection.{field}.unknown"
         wrong_D = number_D < 0
         if field == "image_id" and self.dropped:
@@ -604,22 +657,27 @@ class _Reading:
         return number_D
 
     def check_boxes(
-        self, image_D: NDArray[np.int64], box_D4: NDArray[np.float64], kept_D: NDArray[np.bool_]
+        self,
+        size_D2: NDArray[np.int64],
+        box_D4: NDArray[np.float64],
+        image_D: NDArray[np.int64],
+        kept_D: NDArray[np.bool_],
     ) -> None:
         """Count boxes that reach out of their image by more than a pixel."""
-        if self.allow_outside:
-            return
-        sizes_I2, ids = self.truth.image_sizes_I2, self.truth.image_ids
-        end_D2 = box_D4[:, :2] + box_D4[:, 2:]
-        out_D2 = end_D2 > sizes_I2[image_D, ::-1] + _TOLERANCE_PIXELS
-        out_D2 |= box_D4[:, :2] < -_TOLERANCE_PIXELS
+        x_D, y_D, width_D, height_D = (
+            box_D4.T
+        )  # by columns: numpy reduces along rows of four slowly
+        out_D = (x_D < -_TOLERANCE_PIXELS) | (y_D < -_TOLERANCE_PIXELS)
+        out_D |= x_D + width_D > size_D2[:, 1] + _TOLERANCE_PIXELS
+        out_D |= y_D + height_D > size_D2[:, 0] + _TOLERANCE_PIXELS
 
         def describe(row: int) -> str:
             sides = ", ".join(f"{side:g}" for side in box_D4[row])
-            height, width = sizes_I2[image_D[row]]
-            return f": [{sides}] in image {ids[image_D[row]]!r} of width {width}, height {height}"
+            height, width = size_D2[row]
+            image = self.truth.image_ids[image_D[row]]
+            return f": [{sides}] in image {image!r} of width {width}, height {height}"
 
-        self.count("detection.bbox.outside", np.flatnonzero(kept_D & out_D2.any(axis=1)), describe)
+        self.count("detection.bbox.outside", np.flatnonzero(kept_D & out_D), describe)
 
     def refuse_if_needed(self) -> None:
         """Raise DataError where detections cannot be of this data set."""
@@ -669,7 +727,8 @@ def _check_duplicates(results: Results, truth: GroundTruth) -> None:
         DataError: Every detection of every image occurs more than once, to the last digit. Where that is so in some of
             several images only, it is a warning.
     """
-    key_D = _fingerprint(results)
+    columns = (results.category_D.astype(np.float64), results.score_D, *results.box_D4.T)
+    key_D = fingerprint(results.image_D, *columns)
     order = np.sort(key_D)
     repeated = order[1:][order[1:] == order[:-1]]
     if not len(repeated):
@@ -699,11 +758,9 @@ def _check_duplicates(results: Results, truth: GroundTruth) -> None:
     )
 
 
-def _fingerprint(results: Results) -> NDArray[np.uint64]:
-    """One number a detection; equal for equal detections, and for others only by a chance of 2^-64."""
-    key_D: NDArray[np.uint64] = results.image_D.astype(np.uint64)
-    key_D *= np.uint64(0x9E3779B97F4A7C15)
-    columns = [results.category_D.astype(np.float64), results.score_D, *results.box_D4.T]
+def fingerprint(image_D: NDArray[np.int64], *columns: NDArray[np.float64]) -> NDArray[np.uint64]:
+    """Return one number a detection; equal for equal detections, and for others only by a chance of 2^-64."""
+    key_D: NDArray[np.uint64] = image_D.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for column in columns:
         bits_D = np.ascontiguousarray(column + 0.0).view(np.uint64)
         key_D = (key_D ^ bits_D) * np.uint64(0xC2B2AE3D27D4EB4F)

@@ -23,10 +23,10 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from proxydet.evaluation.ground_truth import GroundTruth
     from proxydet.evaluation.results import Results
 
-_Value = TypeVar("_Value")
 Limits: TypeAlias = tuple[int | None, ...]
 NO_LIMIT = 2**31 - 1
 COCO_LIMITS = (1, 10, 100)
@@ -124,14 +123,8 @@ class Selection:
         """Return the selection with the best 100 detections of a category in an image, COCO's own limit."""
         pair_S = self.image_S * (self.category_S.max(initial=0) + 1) + self.category_S
         kept = place_in_group(pair_S) < COCO_LIMITS[-1]
-        return replace(
-            self,
-            detection_S=self.detection_S[kept],
-            image_S=self.image_S[kept],
-            category_S=self.category_S[kept],
-            score_S=self.score_S[kept],
-            area_S=self.area_S[kept],
-        )
+        columns = ("detection_S", "image_S", "category_S", "score_S", "area_S")
+        return replace(self, **{name: getattr(self, name)[kept] for name in columns})
 
 
 def select(
@@ -165,11 +158,23 @@ def select(
     judged = truth.judges(results.image_D[kept], results.category_D[kept])
     unjudged = int(np.count_nonzero(~judged))
     kept = kept[judged]
-    area = _areas(results, kept, iou_type)
+    if iou_type == "segm":
+        area = results.mask_area_M[results.mask_D[kept]]
+    else:
+        area = results.box_D4[kept, 2] * results.box_D4[kept, 3]
+        # Without a box of its own a detection is as large as its mask, for the official evaluators too.
+        drawn = results.drawn_D[kept]
+        area[drawn] = results.mask_area_M[results.mask_D[kept[drawn]]]
     covers = area > 0 if truth.protocol == "lvis" else np.ones(len(kept), dtype=bool)
     kept, area = kept[covers], area[covers]
     # lexsort is stable: among equal scores the earlier detection of the file stays first.
-    order = np.lexsort((-results.score_D[kept], results.category_D[kept], results.image_D[kept]))
+    order = np.lexsort(
+        (
+            -results.score_D[kept],
+            narrow(results.category_D[kept], len(truth.category_ids)),
+            narrow(results.image_D[kept], len(truth.image_ids)),
+        )
+    )
     kept = kept[order]
     return Selection(
         detection_S=kept,
@@ -193,21 +198,15 @@ def _best(
     return np.sort(kept[order[place_in_group(group_D[kept][order]) < most]])
 
 
+def narrow(numbers: NDArray[np.int64], count: int) -> NDArray[np.integer]:
+    """Return numbers in [0, count] in few bytes: those of up to 16 bits are sorted in linear time."""
+    return numbers.astype(np.min_scalar_type(count))
+
+
 def place_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return each element's place within its run of equal numbers, from 0."""
     starts = np.flatnonzero(np.append(True, group[1:] != group[:-1])[: len(group)])
     return np.arange(len(group)) - np.repeat(starts, np.diff(np.append(starts, len(group))))
-
-
-def _areas(results: Results, kept: NDArray[np.int64], iou_type: str) -> NDArray[np.float64]:
-    if iou_type == "segm":
-        masks: NDArray[np.float64] = results.mask_area_M[results.mask_D[kept]]
-        return masks
-    area: NDArray[np.float64] = results.box_D4[kept, 2] * results.box_D4[kept, 3]
-    # Without a box of its own a detection is as large as its mask, for the official evaluators too.
-    drawn = results.drawn_D[kept]
-    area[drawn] = results.mask_area_M[results.mask_D[kept[drawn]]]
-    return area
 
 
 # -- the fast engine --------------------------------------------------------------------------------------------------
@@ -239,8 +238,7 @@ def run_hotcoco(
     """
     if not len(selection):
         return nothing_detected(truth, limits)
-
-    def job() -> Curves:
+    with hotcoco_errors():
         import hotcoco
 
         federated = truth.protocol == "lvis"
@@ -260,13 +258,12 @@ def run_hotcoco(
             limits=limits,
         )
 
-    return guarded(job)
 
-
-def guarded(job: Callable[[], _Value]) -> _Value:
-    """Call hotcoco; RuntimeEnvironmentError where it fails. Errors of the input stay what they are."""
+@contextlib.contextmanager
+def hotcoco_errors() -> Iterator[None]:
+    """Turn a failure of hotcoco into a RuntimeEnvironmentError; errors of the input stay what they are."""
     try:
-        return job()
+        yield
     except (MemoryError, ProxydetError):
         raise
     except BaseException as error:
@@ -281,6 +278,19 @@ def guarded(job: Callable[[], _Value]) -> _Value:
         ) from error
 
 
+def _images(truth: GroundTruth) -> list[dict[str, Any]]:
+    """Return the images as annotation files list them; they and categories are numbered from 1."""
+    lists = ("neg_category_ids", "not_exhaustive_category_ids")
+    images: list[dict[str, Any]] = [
+        {"id": number, "height": height, "width": width, **{name: [] for name in lists}}
+        for number, (height, width) in enumerate(truth.image_sizes_I2.tolist(), 1)
+    ]
+    for name, pairs_N2 in zip(lists, (truth.negatives_N2, truth.unexhaustive_N2), strict=True):
+        for image, category in pairs_N2.tolist():
+            images[image][name].append(category + 1)
+    return images
+
+
 def hotcoco_data(
     truth: GroundTruth, results: Results, selection: Selection, iou_type: str
 ) -> tuple[Any, Any]:
@@ -289,22 +299,12 @@ def hotcoco_data(
 
     federated = truth.protocol == "lvis"
     counted = np.flatnonzero(truth.counted_A)
-    images: list[dict[str, Any]] = [
-        {"id": index + 1, "height": int(height), "width": int(width)}
-        for index, (height, width) in enumerate(truth.image_sizes_I2)
-    ]
-    for key, pairs_N2 in (
-        ("neg_category_ids", truth.negatives_N2),
-        ("not_exhaustive_category_ids", truth.unexhaustive_N2),
-    ):
-        for image, category in pairs_N2.tolist():
-            images[image].setdefault(key, []).append(category + 1)
     # It has no flag for annotations to ignore; an area beyond every range makes it ignore them all the same.
     ignored_A = truth.ann_ignore_A & federated
     area_A = np.where(ignored_A, _BEYOND_EVERY_AREA, truth.ann_area_A)
     crowd_A = truth.ann_crowd_A & (not federated)
     annotations = hotcoco.COCO.from_arrays(
-        images,
+        _images(truth),
         [{"id": index + 1, "name": str(index)} for index in range(len(truth.category_ids))],
         truth.ann_image_A[counted] + 1,
         truth.ann_category_A[counted] + 1,
@@ -355,10 +355,49 @@ def run_official(
     """
     if not len(results):
         return nothing_detected(truth, limits)
+    rows: list[dict[str, Any]] = []
+    for image, category, score, box, mask in zip(
+        results.image_D.tolist(),
+        results.category_D.tolist(),
+        results.score_D.tolist(),
+        results.box_D4.tolist(),
+        results.mask_D.tolist(),
+        strict=True,
+    ):
+        # Masks come without their boxes, whose area would be taken for the mask's.
+        shape = {"segmentation": results.masks[mask]} if iou_type == "segm" else {"bbox": box}
+        row = {"image_id": image + 1, "category_id": category + 1, "score": score}
+        rows.append({**row, **shape})
     with _quiet():
         if truth.protocol == "lvis":
-            return _lvis_curves(truth, results, iou_type, limits, per_image)
-        return _coco_curves(truth, results, iou_type, limits)
+            from proxydet.runtime.lvis_api import LVIS, LVISEval, LVISResults
+
+            annotations = LVIS.__new__(LVIS)
+            annotations.logger = logging.getLogger("lvis.lvis")
+            annotations.dataset = _annotations(truth)
+            annotations._create_index()
+            most = -1 if per_image is None else per_image
+            detections = LVISResults(annotations, rows, max_dets=most)
+            evaluator = LVISEval(annotations, detections, iou_type)
+        else:
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval
+
+            annotations = COCO()
+            annotations.dataset = _annotations(truth)
+            annotations.createIndex()
+            evaluator = COCOeval(annotations, annotations.loadRes(rows), iou_type)
+            evaluator.params.maxDets = [NO_LIMIT if limit is None else limit for limit in limits]
+        if iou_type == "bbox":
+            # Without a box of its own a detection is as large as its mask, as the evaluators have it.
+            for index in np.flatnonzero(results.drawn_D).tolist():
+                rows[index]["area"] = float(results.mask_area_M[results.mask_D[index]])
+        evaluator.evaluate()
+        evaluator.accumulate()
+    precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
+    if truth.protocol == "lvis":
+        return Curves(precision_TRCA=precision, recall_TCAM=recall[..., None], limits=limits)
+    return Curves(precision_TRCA=precision[..., -1], recall_TCAM=recall, limits=limits)
 
 
 @contextlib.contextmanager
@@ -377,20 +416,6 @@ def _quiet() -> Iterator[None]:
 
 def _annotations(truth: GroundTruth) -> dict[str, Any]:
     """Return the annotation file's content, with images, categories and annotations numbered from 1."""
-    images: list[dict[str, Any]] = [
-        {
-            "id": index + 1,
-            "height": int(height),
-            "width": int(width),
-            "neg_category_ids": [],
-            "not_exhaustive_category_ids": [],
-        }
-        for index, (height, width) in enumerate(truth.image_sizes_I2)
-    ]
-    for image, category in truth.negatives_N2.tolist():
-        images[image]["neg_category_ids"].append(category + 1)
-    for image, category in truth.unexhaustive_N2.tolist():
-        images[image]["not_exhaustive_category_ids"].append(category + 1)
     frequencies = truth.frequencies or ("f",) * len(truth.category_ids)
     annotations = [
         {
@@ -409,83 +434,7 @@ def _annotations(truth: GroundTruth) -> dict[str, Any]:
         {"id": index + 1, "name": str(index), "frequency": frequency}
         for index, frequency in enumerate(frequencies)
     ]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _detections(results: Results, iou_type: str) -> list[dict[str, Any]]:
-    """Return the detections as dictionaries; for masks without their boxes, whose area would be taken for the mask's."""
-    rows: list[dict[str, Any]] = []
-    columns = zip(
-        results.image_D.tolist(),
-        results.category_D.tolist(),
-        results.score_D.tolist(),
-        results.box_D4.tolist(),
-        results.mask_D.tolist(),
-        strict=True,
-    )
-    for image, category, score, box, mask in columns:
-        row = {"image_id": image + 1, "category_id": category + 1, "score": score}
-        if iou_type == "segm":
-            row["segmentation"] = results.masks[mask]
-        else:
-            row["bbox"] = box
-        rows.append(row)
-    return rows
-
-
-def _set_areas(rows: list[dict[str, Any]], results: Results, iou_type: str) -> None:
-    """Give loaded rows that had no box in their file the area of their mask, as the evaluators do without a box."""
-    if iou_type == "bbox":
-        for index in np.flatnonzero(results.drawn_D).tolist():
-            rows[index]["area"] = float(results.mask_area_M[results.mask_D[index]])
-
-
-def _lvis_curves(
-    truth: GroundTruth,
-    results: Results,
-    iou_type: str,
-    limits: Limits,
-    per_image: int | None,
-) -> Curves:
-    from proxydet.runtime.lvis_api import LVIS, LVISEval, LVISResults
-
-    annotations = LVIS.__new__(LVIS)
-    annotations.logger = logging.getLogger("lvis.lvis")
-    annotations.dataset = _annotations(truth)
-    annotations._create_index()
-    most = -1 if per_image is None else per_image
-    rows = _detections(results, iou_type)
-    detections = LVISResults(annotations, rows, max_dets=most)
-    _set_areas(rows, results, iou_type)
-    evaluator = LVISEval(annotations, detections, iou_type)
-    evaluator.evaluate()
-    evaluator.accumulate()
-    return Curves(
-        precision_TRCA=evaluator.eval["precision"],
-        recall_TCAM=evaluator.eval["recall"][..., None],
-        limits=limits,
-    )
-
-
-def _coco_curves(truth: GroundTruth, results: Results, iou_type: str, limits: Limits) -> Curves:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    annotations = COCO()
-    annotations.dataset = _annotations(truth)
-    annotations.createIndex()
-    rows = _detections(results, iou_type)
-    detections = annotations.loadRes(rows)
-    _set_areas(rows, results, iou_type)
-    evaluator = COCOeval(annotations, detections, iou_type)
-    evaluator.params.maxDets = [NO_LIMIT if limit is None else limit for limit in limits]
-    evaluator.evaluate()
-    evaluator.accumulate()
-    return Curves(
-        precision_TRCA=evaluator.eval["precision"][..., -1],
-        recall_TCAM=evaluator.eval["recall"],
-        limits=limits,
-    )
+    return {"images": _images(truth), "annotations": annotations, "categories": categories}
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------

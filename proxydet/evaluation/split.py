@@ -25,44 +25,6 @@ from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.names import quote_names
 from proxydet.vocabulary.vocabulary import Vocabulary
 
-
-@dataclass(frozen=True)
-class AnnotatedImages:
-    """Annotations and the folders of their images.
-
-    Attributes:
-        store: Annotations, for the images' names and sizes.
-        roots: Folders of the images.
-
-    Raises:
-        DataError: Several entries are one image file.
-    """
-
-    store: AnnotationStore
-    roots: tuple[Path, ...]
-
-    def __post_init__(self) -> None:
-        require_distinct_files(self.store, self.roots)
-
-    def read(self, index: int) -> Pixels:
-        """Read image ``index`` of the store: uint8 (H, W, 3), RGB.
-
-        It is turned as its EXIF orientation says, as detectron2 does, unless only unturned it has the annotated size.
-
-        Raises:
-            DataError: It cannot be read, or has another size.
-        """
-        return np.array(open_annotated_image(self.store.record(index), self.roots, None))
-
-    def read_id(self, image_id: Identifier) -> Pixels:
-        """Read the image of an id; KeyError where the store has none of it."""
-        return self.read(self._index[image_id])
-
-    @cached_property
-    def _index(self) -> dict[Identifier, int]:
-        return {image_id: index for index, image_id in enumerate(self.store.image_ids)}
-
-
 Masks = dict[str, NDArray[np.bool_]]
 
 
@@ -179,10 +141,30 @@ class DescribedSplit:
             )
         return shared
 
-    @property
-    def images(self) -> AnnotatedImages:
-        """The split's images."""
-        return AnnotatedImages(self.store, self.data.config.split(self.name).roots)
+    @cached_property
+    def roots(self) -> tuple[Path, ...]:
+        """Folders of the images; DataError where several entries are one image file."""
+        roots = self.data.config.split(self.name).roots
+        require_distinct_files(self.store, roots)
+        return roots
+
+    def read(self, index: int) -> Pixels:
+        """Read image ``index`` of the store: uint8 (H, W, 3), RGB.
+
+        It is turned as its EXIF orientation says, as detectron2 does, unless only unturned it has the annotated size.
+
+        Raises:
+            DataError: It cannot be read, or has another size.
+        """
+        return np.array(open_annotated_image(self.store.record(index), self.roots, None))
+
+    def read_id(self, image_id: Identifier) -> Pixels:
+        """Read the image of an id; KeyError where the store has none of it."""
+        return self.read(self._index[image_id])
+
+    @cached_property
+    def _index(self) -> dict[Identifier, int]:
+        return {image_id: index for index, image_id in enumerate(self.store.image_ids)}
 
     @cached_property
     def truth(self) -> GroundTruth:

@@ -142,7 +142,7 @@ class EvalOptions:
             "--score-threshold",
             min=0.0,
             max=1.0,
-            help="Report precision, recall and false positives above this, too; classes with a threshold of their own have that.",
+            help="Report precision, recall and false positives above this, too (one label a box); classes with a threshold of their own have that.",
         ),
     ] = 0.3
     hierarchy: Annotated[
@@ -313,7 +313,7 @@ def results_of(place: Path) -> Path:
     Raises:
         InputError: There is none.
     """
-    from proxydet.evaluation.records import recorded_results
+    from proxydet.evaluation.evaluate import recorded_results
     from proxydet.paths import run_in
 
     if not place.exists():
@@ -379,8 +379,7 @@ def _description_path(options: EvalOptions) -> Path:
 
 def evaluate_options(options: EvalOptions, output: Output) -> None:
     """Evaluate, write the files and show the numbers."""
-    from proxydet.evaluation.evaluate import run_evaluation
-    from proxydet.evaluation.records import record_results
+    from proxydet.evaluation.evaluate import record_results, run_evaluation
     from proxydet.inference.writers import check_folder
 
     if options.output is not None:
@@ -424,7 +423,8 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
                 output.message("stopped: the same command resumes from here")
                 raise
             if detected is not None:  # the first process of several shows the result
-                _conclude(detected, split, options, output, progress)
+                nms_iou = detector.inference.nms_iou
+                _conclude(detected, split, options, output, progress, nms_iou)
 
 
 @contextlib.contextmanager
@@ -456,6 +456,7 @@ def _conclude(
     options: EvalOptions,
     output: Output,
     progress: Progress,
+    nms_iou: float = 0.5,
 ) -> None:
     """Write the files and show the numbers."""
     from proxydet.evaluation.analysis import analyse
@@ -468,6 +469,7 @@ def _conclude(
         progress,
         vocabulary=split.data.vocabulary if split is not None and described else None,
         score_threshold=options.config.score_threshold,
+        nms_iou=nms_iou,
     )
     # Results are scored without images too; of images without names none can be shown.
     unseen = split is None or "image.name" in split.store.report.counts
@@ -476,7 +478,7 @@ def _conclude(
             evaluation,
             analysis,
             folder,
-            read=None if split is None or unseen else split.images.read_id,
+            read=None if split is None or unseen else split.read_id,
             commands=_next_commands(options, folder),
         )
     show(evaluation.report, analysis.to_dict(), output)
@@ -539,8 +541,7 @@ def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
         output.data(None, "")
         output.table(operating_rows(analysis["operating_points"]))
         output.message(
-            "above: each label of a box counts, as in average precision (one a box with inference.agnostic_nms); "
-            "predict reports one: `proxydet vocab calibrate` counts these"
+            "above: one label a box counts, as predict reports them; average precision sees all labels"
         )
     resampling = report.main.resampling
     if resampling is not None:

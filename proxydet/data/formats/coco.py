@@ -17,7 +17,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -229,7 +229,7 @@ def read_hierarchy(path: Path) -> dict[str, set[str]]:
 
 # --- JSON ------------------------------------------------------------------------------------------------------------------
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 2 << 20
 _LARGE_BLOCKS = 3
 """Blocks: a piece of a list that is longer is searched for tiny records before they are made objects."""
 _LONGEST_RECORD = 32 << 20
@@ -333,7 +333,7 @@ class JsonText:
 
     def raws(self, text: msgspec.Raw, field: str) -> list[msgspec.Raw]:
         """Return the records of a list as their JSON; errors as of `records`."""
-        pieces = self._pieces(memoryview(text), field, msgspec.Raw, lambda raw, _: raw)
+        pieces = self._pieces(memoryview(text), field, [msgspec.Raw], lambda raw, _: raw)
         return list(itertools.chain.from_iterable(pieces))
 
     def records(
@@ -342,6 +342,7 @@ class JsonText:
         loosely: Loosely,
         unusable: str,
         *,
+        first: type[Any] | None = None,
         text: msgspec.Raw | None = None,
         field: str = "",
     ) -> Iterator[list[Any]]:
@@ -349,6 +350,7 @@ class JsonText:
 
         Args:
             kind: What a record is decoded to.
+            first: A narrower type, with the same fields: what the records of a piece are decoded to where all of them fit it.
             loosely: Reads a record that cannot be, given as a dictionary and its name (its place in the list), to a
                 ``kind`` or an `Unusable`.
             unusable: The deviation of what is not an object, or a longer one than any record is.
@@ -374,16 +376,17 @@ class JsonText:
             which = f"position {position}"
             return loosely(fields, which) if isinstance(fields, dict) else Unusable(unusable, which)
 
-        return self._pieces(self._text if text is None else memoryview(text), field, kind, one)
+        kinds = [kind] if first is None else [first, kind]
+        return self._pieces(self._text if text is None else memoryview(text), field, kinds, one)
 
     def _pieces(
         self,
         view: memoryview,
         field: str,
-        kind: type[Any],
+        kinds: list[type[Any]],
         one: Callable[[msgspec.Raw, int], Any],
     ) -> Iterator[list[Any]]:
-        decode = msgspec.json.Decoder(list[kind]).decode  # type: ignore[valid-type]
+        decoders = [msgspec.json.Decoder(list[kind]).decode for kind in kinds]  # type: ignore[valid-type]
         no_list = f"{field!r} is not a list of objects" if field else "it is not a list of objects"
         blanks = len(view[:4096]) - len(bytes(view[:4096]).lstrip())
         if bytes(view[blanks : blanks + 1]) != b"[":
@@ -410,11 +413,13 @@ class JsonText:
                 try:
                     # All at once where the records are as they should be, and few for the bytes that they take.
                     if len(piece) <= _LARGE_BLOCKS * _BLOCK_BYTES:
-                        try:
-                            records = checked(decode(piece))
+                        records = None
+                        for decode in decoders:
+                            with suppress(msgspec.ValidationError):
+                                records = checked(decode(piece))
+                                break
+                        if records is not None:
                             break
-                        except msgspec.ValidationError:
-                            pass
                     else:
                         try:
                             checked(msgspec.json.decode(piece, type=list[_Object]))

@@ -75,7 +75,7 @@ def test_two_entries_of_one_file_are_refused_everywhere(small_set, entries, spli
     config = resolve_config("tiny", overrides=[f"data.description={small_set}"])
     for refuse in (
         lambda: train_batches(small_set),
-        lambda: DescribedSplit.open(description, split).images,
+        lambda: DescribedSplit.open(description, split).roots,
         lambda: scheduled_evaluation(config),
     ):
         with pytest.raises(DataError) as caught:
@@ -94,7 +94,7 @@ def test_equal_last_parts_are_fine_where_each_has_a_file(small_set):
     edit_images(small_set.parent / "val.json", names("cam1/1.png", "cam2\\1.png"))
     description = DatasetConfig.from_toml(small_set)
     assert check_path(small_set, decode=True)[0].sound
-    images = DescribedSplit.open(description).images
+    images = DescribedSplit.open(description)
     assert images.read_id(101).shape == (60, 40, 3)
     assert images.read_id(102).shape == (40, 60, 3)
 
@@ -137,7 +137,7 @@ def test_exif_is_named_where_it_explains_the_size(turned_set):
     assert "EXIF" in found["train"]
     assert str(caught.value.hint) in found["train"]
     assert len(train_batches(turned_set, exif_orientation=False)) == 4
-    images = DescribedSplit.open(DatasetConfig.from_toml(turned_set)).images
+    images = DescribedSplit.open(DatasetConfig.from_toml(turned_set))
     with Image.open(turned_set.parent / "val/101.png") as image:
         np.testing.assert_array_equal(images.read_id(101), np.asarray(image))
 

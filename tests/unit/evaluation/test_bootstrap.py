@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from proxydet.errors import ConfigError
 from proxydet.evaluation.bootstrap import (
     Resamples,
-    Sets,
     WeightedPrecision,
     differences,
     drawn_weights,
+    measures,
     resample,
     summary,
     widening,
@@ -187,10 +187,9 @@ def test_a_category_of_two_images_is_widened_in_every_resample():
     detections = [{"image_id": 1, "score": 0.5, **box}]
     evaluation = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=0))
     precision = weighted(evaluation, "bbox")
-    sets = Sets(frequencies=None, groups={})
-    widened = resample(precision, evaluation.truth, sets, number=30).resampled_RM[:, 0]
+    widened = resample(precision, evaluation.truth, {}, number=30).resampled_RM[:, 0]
     plain = [
-        sets.measure(summary(precision.precision(drawn_weights(5, 0, index))))[0]
+        measures(summary(precision.precision(drawn_weights(5, 0, index))), None, {})["AP"]
         for index in range(30)
     ]
     whole = evaluation.report.ap
@@ -213,8 +212,8 @@ def compared(
     both = []
     for detections in (first, second):
         evaluation = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=0))
-        sets = Sets(frequencies=evaluation.truth.frequencies, groups=evaluation.groups)
-        both.append(resample(weighted(evaluation, "bbox"), evaluation.truth, sets, number=number))
+        drawn = weighted(evaluation, "bbox")
+        both.append(resample(drawn, evaluation.truth, evaluation.groups, number=number))
     return {row.metric: row for row in differences(*both, confidence=0.95)}
 
 

@@ -131,7 +131,7 @@ def test_average_precision_of_an_index_is_that_of_the_detector(run, tmp_path):
     eyes = Detector(random_network(own), shortest=96, longest=160, encoder=encoder)
     from region_indexes import made
 
-    index = made(tmp_path / "val.index", eyes, split.images.roots[0])
+    index = made(tmp_path / "val.index", eyes, split.roots[0])
     scoring = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
     wanted = evaluate_split(eyes.with_settings(masks=False), split, config=scoring)
     got = evaluate_index(RegionIndex(index), split, config=scoring)
@@ -148,5 +148,5 @@ def test_average_precision_of_an_index_is_that_of_the_detector(run, tmp_path):
     assert hidden["counts"]["detections"] < shown.data["counts"]["detections"]
     few = run("search", index, "--eval", data, "-v", own.names[0])
     assert (few.code, "not in the vocabulary" in few.err) == (3, True)
-    shutil.rmtree(split.images.roots[0])
+    shutil.rmtree(split.roots[0])
     assert evaluate_index(RegionIndex(index), split, config=scoring).report.counts.images == 4

@@ -52,7 +52,7 @@ def test_evaluation_predicts_what_a_user_gets(eyes, drawn, split, tmp_path, augm
     assert len(rows) > 100
     for index, image_id in enumerate(split.store.image_ids):
         found = detector.predict(
-            split.images.read(index),
+            split.read(index),
             score_threshold=detector.inference.score_threshold,
             max_detections=detector.inference.max_detections,
             one_label=False,

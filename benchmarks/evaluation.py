@@ -179,12 +179,22 @@ def measure(
     from proxydet.runtime import lvis_api  # noqa: F401
 
     if engine == "user":
-        import matplotlib.backends.backend_svg
-        import matplotlib.figure  # noqa: F401
+        import importlib
 
-        import proxydet.evaluation.page
-        import proxydet.inference.writers  # noqa: F401
         from proxydet_cli.app import run
+
+        for module in [
+            "jinja2",
+            "matplotlib.backends.backend_svg",
+            "matplotlib.figure",
+            "numpy.random",
+            "pydantic",
+            "proxydet.evaluation.page",
+            "proxydet.inference.writers",
+            "proxydet_cli.opening",
+            "proxydet_cli.progress",
+        ]:
+            importlib.import_module(module)
     results = Path(folder) / f"{kind}_{images}.json"
     annotations = Path(folder) / f"truth_{images}.json"
     start, processor = time.perf_counter(), time.process_time()

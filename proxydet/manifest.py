@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -279,14 +280,19 @@ def listed(changed: Mapping[str, str]) -> str:
     return "; ".join(f"{key}: {text}" for key, text in list(changed.items())[:5]) + more
 
 
+_NAME_AND_VERSION = re.compile(r"^(Name|Version): *(.*\S)", re.MULTILINE)
+
+
 def installed_packages() -> dict[str, str]:
     """Return the version of every installed package, by its normalised name."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
-        described = distribution.metadata  # read and parsed at each access
-        if name := described["Name"]:
+        # Parsing a description takes ten times as long as finding two fields of its head.
+        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+        fields = dict(_NAME_AND_VERSION.findall(text.partition("\n\n")[0]))
+        if fields.keys() == {"Name", "Version"}:
             # The first on Python's path is the one that is imported.
-            found.setdefault(name.lower().replace("_", "-"), described["Version"])
+            found.setdefault(fields["Name"].lower().replace("_", "-"), fields["Version"])
     return dict(sorted(found.items()))
 
 

@@ -332,17 +332,20 @@ def one_label_a_box(results: Results, least: float, iou: float) -> NDArray[np.bo
     # Labels of one box: only the best one can be left.
     key_K = fingerprint(results.image_D[order], *results.box_D4[order].T)
     order = order[np.sort(np.unique(key_K, return_index=True)[1])]
-    image_K, box_K4 = results.image_D[order], results.box_D4[order]
-    starts = np.flatnonzero(np.diff(image_K, prepend=-1))
+    box_K4, starts = (
+        results.box_D4[order],
+        np.flatnonzero(np.diff(results.image_D[order], prepend=-1)),
+    )
     better, worse = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for start, end in pairwise([*starts.tolist(), len(order)]):
         boxes_K4 = box_K4[start:end]
-        overlap_KK = np.triu(coco_mask.iou(boxes_K4, boxes_K4, [False] * len(boxes_K4)) > iou, 1)
-        first, second = np.nonzero(overlap_KK)
+        overlap_KK = coco_mask.iou(boxes_K4, boxes_K4, [False] * (end - start))
+        first, second = np.divmod(np.flatnonzero(overlap_KK > iou), end - start)
         better.append(first + start)
         worse.append(second + start)
-    left_K = np.ones(len(order), dtype=bool)
     better_P, worse_P = np.concatenate(better), np.concatenate(worse)
+    better_P, worse_P = better_P[better_P < worse_P], worse_P[better_P < worse_P]
+    left_K = np.ones(len(order), dtype=bool)
     while len(better_P):
         open_K = np.zeros(len(order), dtype=bool)
         open_K[worse_P] = True  # a better box that is still there overlaps it

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from proxydet.data.config import FREQUENCIES
 from proxydet.evaluation.matching import FOUND, IGNORED, Matches
 from proxydet.evaluation.report import Interval
-from proxydet.evaluation.scoring import AREAS, IOU_THRESHOLDS_T, RECALL_THRESHOLDS_R
+from proxydet.evaluation.scoring import AREAS, IOU_THRESHOLDS_T, RECALL_THRESHOLDS_R, narrow
 from proxydet.reporting import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -308,9 +308,11 @@ class WeightedPrecision:
         self._category_C = np.argsort(-events_C, kind="stable")
         rank_C = np.argsort(self._category_C)
         # Within a category: descending score, of equals the lower image, then the order within the image.
-        order_S = np.lexsort((-selection.score_S, rank_C[selection.category_S]))
+        order_S = np.lexsort((-selection.score_S, narrow(rank_C[selection.category_S], categories)))
+        place_S = np.empty_like(order_S)
+        place_S[order_S] = np.arange(len(order_S))
         image_S, rank_S = selection.image_S[order_S], rank_C[selection.category_S[order_S]]
-        place_N = np.argsort(order_S)[matches.near_N]
+        place_N = place_S[matches.near_N]
         silent_SA = matches.silent_SA[order_S]
         counts_NAT = (matches.state_NAT != IGNORED) & ~silent_SA[place_N][:, :, None] | found_NAT
         # Detections that count against precision at every threshold; those near an annotation may at some only.
@@ -326,7 +328,7 @@ class WeightedPrecision:
             group_L = rank_S[place_L]
             for part, size in zip(parts, chosen.shape[1:], strict=True):
                 group_L = group_L * size + part
-            order_L = np.lexsort((place_L, group_L))
+            order_L = np.lexsort((place_L, narrow(group_L, int(group_L.max(initial=0)))))
             return group_L[order_L], place_L[order_L]
 
         segment_K, place_K = listed(found_NAT, place_N)

@@ -229,14 +229,23 @@ class GroundTruth:
     def masks(self) -> list[dict[str, Any]]:
         """A masks as compressed RLE of the image's size, polygons drawn as the COCO tools do, boxes where there is none."""
         store, found = self.store, [b""] * len(self.ann_image_A)
+        has_runs_A = store.column("rle_length") > 0
+        for row in np.flatnonzero(has_runs_A).tolist():
+            found[row] = store.rle(row)
+        names = ("polygon_start", "polygon_count", "point_offsets")
+        first, number, ends = (store.column(name).tolist() for name in names)
+        coordinates = store.column("coordinates")
         # Polygons of an image are drawn together, which is twice as fast as one by one.
         outlined: dict[int, list[int]] = {}
-        for row, image in enumerate(self.ann_image_A.tolist()):
-            found[row] = store.rle(row)
-            if not found[row]:
-                outlined.setdefault(image, []).append(row)
+        drawn = np.flatnonzero(~has_runs_A)
+        for row, image in zip(drawn.tolist(), self.ann_image_A[drawn].tolist(), strict=True):
+            outlined.setdefault(image, []).append(row)
         for image, rows in outlined.items():
-            shapes = [store.polygons(row) or self.box_outline(row) for row in rows]
+            polygons = [range(first[row], first[row] + number[row]) for row in rows]
+            shapes = [
+                [coordinates[ends[at] : ends[at + 1]] for at in places] or self.box_outline(row)
+                for row, places in zip(rows, polygons, strict=True)
+            ]
             height, width = self.image_sizes_I2[image].tolist()
             for row, counts in zip(rows, rasterize_all(shapes, (height, width)), strict=True):
                 found[row] = counts

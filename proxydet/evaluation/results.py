@@ -524,50 +524,45 @@ def _masks(
         values: list[Any] = _RUNS.decode(b"[" + b",".join(text for _, text in known) + b"]")
     except (msgspec.MsgspecError, RecursionError, UnicodeError):  # of another spelling, or damaged
         values = [_json(text) for _, text in known]
-    sizes = [tuple(size) for size in reading.truth.image_sizes_I2[[i for i, _ in known]].tolist()]
-    counts = [
-        value.counts.encode()
-        if type(value) is masks.RunLengths and value.size == size and type(value.counts) is str
-        else b""
+    sizes = map(tuple, reading.truth.image_sizes_I2[[i for i, _ in known]].tolist())
+    found_K: list[dict[str, Any]] = [
+        {
+            "size": size,
+            "counts": value.counts.encode()
+            if type(value) is masks.RunLengths and value.size == size and type(value.counts) is str
+            else b"",
+        }
         for value, size in zip(values, sizes, strict=True)
     ]
     deviating: dict[int, list[str]] = {}
-    area_K, sound_K = masks.measure(
-        [{"size": size, "counts": text} for size, text in zip(sizes, counts, strict=True)]
-    )
+    area_K, sound_K = masks.measure(found_K)
     # What is written as it should be, and sound, needs no closer reading.
     closer = np.flatnonzero(~sound_K)
     for number in closer.tolist():
-        mask = masks.read(values[number], sizes[number])
+        found = found_K[number]
+        mask = masks.read(values[number], found["size"])
+        found["counts"] = mask.counts or b""
         if mask.polygons:
-            counts[number] = masks.rasterize(mask.polygons, sizes[number])
-        else:
-            counts[number] = mask.counts or b""
+            found["counts"] = masks.rasterize(mask.polygons, found["size"])
         if mask.deviations:
             deviating[number] = list(mask.deviations)
-    area_K[closer], sound_K[closer] = masks.measure(
-        [{"size": sizes[number], "counts": counts[number]} for number in closer.tolist()]
-    )
+    area_K[closer], sound_K[closer] = masks.measure([found_K[number] for number in closer])
     for number in closer.tolist():
-        if counts[number] and not sound_K[number]:
+        if found_K[number]["counts"] and not sound_K[number]:
             deviating[number] = ["annotation.rle.counts"]
     place_K = np.where(sound_K, np.cumsum(sound_K) - 1, -1)
     mask_D[wanted] = place_K[numbers]
-    found: dict[str, list[int]] = {}
+    rows_of: dict[str, list[int]] = {}
     if deviating:
         for row, number in zip(wanted.tolist(), numbers, strict=True):
             for key in deviating.get(number, ()):
-                found.setdefault(key, []).append(row)
-    for key, rows in found.items():
+                rows_of.setdefault(key, []).append(row)
+    for key, rows in rows_of.items():
         reading.count(key, np.array(rows))
-    damaged = {row for key in DAMAGED_MASK for row in found.get(key, ())}
+    damaged = {row for key in DAMAGED_MASK for row in rows_of.get(key, ())}
     reading.masks_read += int(np.count_nonzero(mask_D >= 0))
     reading.masks_given += int(np.count_nonzero(mask_D >= 0)) + len(damaged)
-    sound = [
-        {"size": list(sizes[number]), "counts": counts[number]}
-        for number in np.flatnonzero(sound_K).tolist()
-    ]
-    return mask_D, sound, area_K[sound_K]
+    return mask_D, [found_K[number] for number in np.flatnonzero(sound_K)], area_K[sound_K]
 
 
 def _json(text: bytes) -> Any:

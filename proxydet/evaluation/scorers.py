@@ -205,7 +205,7 @@ class ScoreParts:
         with progress.task("finding regions", total=len(edges) - 1, unit="images") as task:
             for image_id, start, end in zip(scored.truth.image_ids, edges, edges[1:], strict=False):
                 if start < end:
-                    image = detector.scaled(split.images.read_id(image_id), settings)
+                    image = detector.scaled(split.read_id(image_id), settings)
                     regions = detector.embed([image], settings)
                     view, (height, width) = image.views[0].image, image.size
                     scale_4 = torch.tensor([width / view.shape[2], height / view.shape[1]] * 2)

@@ -241,7 +241,7 @@ def test_options_change_what_is_kept(run, folder):
         (["{folder}/a0.png", "--vocabulary", "lviss"], 3, "Did you mean 'lvis'?"),
         (["{folder}/a0.png", "-o", "{folder}/notes.txt"], 5, "is a file, not a folder"),
         (["{folder}/a0.png", "--vocabulary", "absent.txt"], 3, "absent.txt"),
-        (["{folder}/a0.png", "--vocabulary", "a.npy"], 3, "--names"),
+        (["{folder}/a0.png", "--vocabulary", "a.npy"], 3, "no file a.npy"),
         (["{folder}/a0.png", "--save", "pictures,movie"], 3, "'movie'"),
         (["{folder}/a0.png", "-v", "red star", "--vocabulary", "lvis"], 2, "either"),
         (["{folder}/a0.png", "--names", "a.txt"], 2, "--names"),

@@ -40,6 +40,8 @@ ERROR_NAMES = (
 _RIGHT = 0.5
 """IoU from which a detection is right."""
 _RECALL_IMAGES = 200
+_BLOCK = 256
+"""Boxes of an image that NMS compares with the others at a time: 60 MB where the image has 30,000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,29 +334,43 @@ def one_label_a_box(results: Results, least: float, iou: float) -> NDArray[np.bo
     # Labels of one box: only the best one can be left.
     key_K = fingerprint(results.image_D[order], *results.box_D4[order].T)
     order = order[np.sort(np.unique(key_K, return_index=True)[1])]
-    box_K4, starts = (
-        results.box_D4[order],
-        np.flatnonzero(np.diff(results.image_D[order], prepend=-1)),
-    )
-    better, worse = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    box_K4, left_K = results.box_D4[order], np.ones(len(order), dtype=bool)
+    starts = np.flatnonzero(np.diff(results.image_D[order], prepend=-1))
     for start, end in pairwise([*starts.tolist(), len(order)]):
-        boxes_K4 = box_K4[start:end]
-        overlap_KK = coco_mask.iou(boxes_K4, boxes_K4, [False] * (end - start))
-        first, second = np.divmod(np.flatnonzero(overlap_KK > iou), end - start)
-        better.append(first + start)
-        worse.append(second + start)
-    better_P, worse_P = np.concatenate(better), np.concatenate(worse)
-    better_P, worse_P = better_P[better_P < worse_P], worse_P[better_P < worse_P]
-    left_K = np.ones(len(order), dtype=bool)
-    while len(better_P):
-        open_K = np.zeros(len(order), dtype=bool)
-        open_K[worse_P] = True  # a better box that is still there overlaps it
-        left_K[worse_P[~open_K[better_P]]] = False
-        still_P = open_K[better_P] & left_K[better_P] & left_K[worse_P]
-        better_P, worse_P = better_P[still_P], worse_P[still_P]
+        # In blocks, for an image may have tens of thousands: what is left of one drops boxes of the later ones.
+        for first in range(start, end, _BLOCK):
+            block = slice(first, min(first + _BLOCK, end))
+            rows_R = first + np.flatnonzero(left_K[block])
+            rows_R = rows_R[_best_of_overlapping(box_K4[rows_R], iou)]
+            left_K[block] = False
+            left_K[rows_R] = True
+            later_L = block.stop + np.flatnonzero(left_K[block.stop : end])
+            if len(rows_R) and len(later_L):
+                overlap_RL = _overlaps(box_K4[rows_R], box_K4[later_L])
+                left_K[later_L[(overlap_RL > iou).any(0)]] = False
     left_D = np.zeros(len(results), dtype=bool)
     left_D[order[left_K]] = True
     return left_D
+
+
+def _overlaps(first_R4: NDArray[np.float64], second_L4: NDArray[np.float64]) -> NDArray[np.float64]:
+    overlap_RL: NDArray[np.float64] = coco_mask.iou(first_R4, second_L4, [False] * len(second_L4))
+    return overlap_RL
+
+
+def _best_of_overlapping(box_R4: NDArray[np.float64], iou: float) -> NDArray[np.bool_]:
+    """Return which of some boxes, the best first, NMS leaves."""
+    left_R = np.ones(len(box_R4), dtype=bool)
+    if len(box_R4) < 2:
+        return left_R
+    better_P, worse_P = np.nonzero(np.triu(_overlaps(box_R4, box_R4) > iou, 1))
+    while len(better_P):
+        open_R = np.zeros(len(box_R4), dtype=bool)
+        open_R[worse_P] = True  # a better box that is still there overlaps it
+        left_R[worse_P[~open_R[better_P]]] = False
+        still_P = open_R[better_P] & left_R[better_P] & left_R[worse_P]
+        better_P, worse_P = better_P[still_P], worse_P[still_P]
+    return left_R
 
 
 def operating_point(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -568,3 +569,36 @@ def test_one_label_a_box_is_what_a_plain_loop_leaves(make_set, seed, iou, least)
     # Boxes without extent overlap nothing, not even themselves: of equal ones all are left there, one here.
     has_extent_D = results.box_D4[:, 2:].prod(axis=1) > 0
     assert set(ours[has_extent_D[ours]].tolist()) == {at for at in left if has_extent_D[at]}
+
+
+def test_one_label_a_box_of_tens_of_thousands_in_one_image_fits_in_memory():
+    random = np.random.default_rng(0)
+    boxes = np.concatenate(
+        [random.integers(0, 1200, (30_000, 2)), random.integers(80, 300, (30_000, 2))], 1
+    )
+    scores = random.permutation(30_000) / 30_000
+    content = coco({1: [(1, HERE)]})
+    content["images"][0].update(height=1500, width=1500)
+    truth = GroundTruth.load(content)
+    results = read_results(
+        [found(1, 1, b, s) for b, s in zip(boxes.tolist(), scores.tolist(), strict=True)], truth
+    )
+    tracemalloc.start()
+    ours = np.flatnonzero(one_label_a_box(results, 0.0, 0.5))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 250e6
+    left = []
+    low_D2, high_D2 = results.box_D4[:, :2], results.box_D4[:, :2] + results.box_D4[:, 2:]
+    area_D = results.box_D4[:, 2:].prod(axis=1)
+    waiting = np.array([at for at in np.argsort(-results.score_D) if results.score_D[at] > 0])
+    while len(waiting):
+        best = waiting[0]
+        left.append(best)
+        sides = np.minimum(high_D2[best], high_D2[waiting]) - np.maximum(
+            low_D2[best], low_D2[waiting]
+        )
+        shared = sides.clip(0).prod(axis=1)
+        waiting = waiting[shared / (area_D[best] + area_D[waiting] - shared) <= 0.5]
+    assert len(left) > 256
+    assert ours.tolist() == sorted(left)

@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.artifacts import Catalogue
-from proxydet.errors import CheckpointError, RuntimeEnvironmentError
+from proxydet.errors import CheckpointError, InputError, RuntimeEnvironmentError
 from proxydet.files import (
     PLACEHOLDER_BYTES,
     BoundedReader,
@@ -300,18 +300,22 @@ def _read_array(file: Any) -> npt.NDArray[Any]:
 @contextlib.contextmanager
 def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None]:
     """Turn what damage makes readers raise into CheckpointError, and what the machine raises into RuntimeEnvironmentError."""
-    if not path.is_file():
-        name = None if path.exists() else Catalogue.load().name_of_source(path)
-        fetched = path.absolute().is_relative_to(models_folder().absolute())
-        raise CheckpointError(
-            f"the weight file {path} {'is not a file' if path.exists() else 'does not exist'}",
-            hint=f"get it with: proxydet download {name}"
-            if name
-            else "check its path; a run's are in RUN/checkpoints, published ones come with proxydet download",
-            path=path,
-            needs=(name,) if name and fetched else (),
-        )
     try:
+        if not path.is_file():
+            name = None
+            with contextlib.suppress(
+                InputError
+            ):  # a damaged catalogue has no say in which file is missing
+                name = None if path.exists() else Catalogue.load().name_of_source(path)
+            fetched = path.absolute().is_relative_to(models_folder().absolute())
+            raise CheckpointError(
+                f"the weight file {path} {'is not a file' if path.exists() else 'does not exist'}",
+                hint=f"get it with: proxydet download {name}"
+                if name
+                else "check its path; a run's are in RUN/checkpoints, published ones come with proxydet download",
+                path=path,
+                needs=(name,) if name and fetched else (),
+            )
         with path.open("rb") as file:
             refuse_placeholder(file.read(PLACEHOLDER_BYTES))
         yield

@@ -443,3 +443,24 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch)
         read_state_dict(path)
     assert "damaged" not in caught.value.message
     assert "read" in caught.value.hint
+
+
+def test_a_path_that_the_machine_refuses_is_an_error_of_ours(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"n{300}"):
+        read_state_dict(tmp_path / ("n" * 300 + ".pth"))
+
+    def refuse(self: Path, *args: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    for asked in ("is_file", "stat"):
+        monkeypatch.setattr(Path, asked, refuse)
+    with pytest.raises(RuntimeEnvironmentError, match=r"w\.pth"):
+        read_state_dict(tmp_path / "w.pth")
+
+
+def test_a_damaged_catalogue_does_not_hide_which_file_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "own.toml").write_text("no = [")
+    monkeypatch.setenv("PROXYDET_CATALOGUE", str(tmp_path / "own.toml"))
+    with pytest.raises(CheckpointError, match=r"absent\.pth") as caught:
+        read_state_dict(tmp_path / "absent.pth")
+    assert "check its path" in caught.value.hint

@@ -598,15 +598,7 @@ class JsonLines:
                 hint="move it away; it is written again",
                 path=self.path,
             ) from error
-        known = _reported_damage.get(self.path, (0, 0))
-        found = []
-        if damaged > known[0]:
-            found.append(f"skipped {counted(damaged, 'damaged line')}")
-        if cut not in (0, known[1]):
-            found.append(f"left out {cut} bytes of a last line that was cut short")
-        if found:
-            logger.warning("%s: %s", self.path, "; ".join(filter(None, [*found, then])))
-            _reported_damage[self.path] = max(damaged, known[0]), cut
+        report_damage(self.path, damaged, cut, then=then)
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a record and wait until the disk has it.
@@ -647,6 +639,26 @@ class JsonLines:
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in lines))
         _reported_damage.pop(self.path, None)
         return removed
+
+
+def report_damage(path: Path, damaged: int, cut: int = 0, *, then: str = "") -> None:
+    """Warn of lines that were passed over, once for a file, and again where there are more.
+
+    Args:
+        path: The file.
+        damaged: How many lines.
+        cut: Bytes of a last line that was cut short.
+        then: What follows for the job; ends the report.
+    """
+    known = _reported_damage.get(path, (0, 0))
+    found = []
+    if damaged > known[0]:
+        found.append(f"skipped {counted(damaged, 'damaged line')}")
+    if cut not in (0, known[1]):
+        found.append(f"left out {cut} bytes of a last line that was cut short")
+    if found:
+        logger.warning("%s: %s", path, "; ".join(filter(None, [*found, then])))
+        _reported_damage[path] = max(damaged, known[0]), cut
 
 
 def remove_cut_line(path: Path) -> None:

@@ -288,7 +288,9 @@ def installed_packages() -> dict[str, str]:
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         # Parsing a description takes ten times as long as finding two fields of its head.
-        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+        # What has no folder is read by no name: an *.egg-info that is a file.
+        texts = map(distribution.read_text, ("METADATA", "PKG-INFO", ""))
+        text = next(filter(None, texts), "")
         fields = dict(_NAME_AND_VERSION.findall(text.partition("\n\n")[0]))
         if fields.keys() == {"Name", "Version"}:
             # The first on Python's path is the one that is imported.

@@ -146,9 +146,9 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
     report: dict[str, Any] = {}
     with suppress(InputError):  # a damaged one is made again
         report = read_json(folder.report, default={})
-    if config.training.finetune.start is not None and report.get("keep_check", "?") != _keep_check(
-        config
-    ):
+    # Reports of before that could name other images have no such key.
+    same = bool(report) and report.get("keep_check") == _keep_check(config)
+    if config.training.finetune.start is not None and not same:
         return None
     keep_weights(config, [earlier])
     # Unless another one is at it, or nothing can be written there.

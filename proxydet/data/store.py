@@ -410,6 +410,8 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
     of_list = source.format == "Pascal VOC" and not source.annotations.is_dir()
     if of_list and voc.first_pixel(source.annotations) == 0:
         whole = hashlib.sha256(f"{whole} from 0".encode()).hexdigest()
+    if source.format not in (None, format_of(source.annotations) or "Pascal VOC"):
+        whole = hashlib.sha256(f"{whole} as {source.format}".encode()).hexdigest()
     if source.part is None and source.share is None:
         return whole
     return hashlib.sha256(

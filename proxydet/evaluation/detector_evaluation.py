@@ -43,7 +43,15 @@ from proxydet.evaluation.evaluate import (
 )
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
-from proxydet.files import Lock, read_json, remove_cut_line, staged, write_errors, write_json
+from proxydet.files import (
+    Lock,
+    read_json,
+    remove_cut_line,
+    report_damage,
+    staged,
+    write_errors,
+    write_json,
+)
 from proxydet.inference.pipeline import WriteBehind, Writer, run_images
 from proxydet.modeling.config import with_later_settings
 from proxydet.modeling.postprocess import Prediction, mask_edges, rles, to_host
@@ -224,20 +232,21 @@ class PredictionFolder:
         decoder = msgspec.json.Decoder(_Line)
         for file in sorted(self.path.glob("part-*.jsonl")):
             found: dict[Identifier, tuple[int, int]] = {}
-            start = 0
+            start = damaged = 0
             with file.open("rb") as stream:
                 for line in stream:
                     if line.endswith(b"\n"):
                         try:
                             row = decoder.decode(line)
-                        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-                            logger.warning("%s: passed over a damaged line: %s", file, error)
+                        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+                            damaged += 1
                             start += len(line)
                             continue
                         length = len(row.detections)
                         # The detections are the last thing of a line but its closing brace and end.
                         found[row.image_id] = (start + len(line) - length - 2, length)
                     start += len(line)
+            report_damage(file, damaged, then="their images are predicted again")
             yield file, found
 
 

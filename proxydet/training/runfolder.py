@@ -402,7 +402,9 @@ def check_same_data(earlier: EarlierRun, digests: Mapping[str, str], *, mode: Mo
                 " and the ".join(code),
             )
     if changed:
-        what = "code" if changed == code else "data"
+        what = (
+            "code" if changed == code else "data and code" if set(code) & set(changed) else "data"
+        )
         raise ConfigError(
             f"{earlier.root} holds a run on other {what}: the {' and the '.join(changed)} changed since.",
             hint="put the files back as they were; or train in another folder (--output), from this run's weights if "

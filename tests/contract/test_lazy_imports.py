@@ -107,9 +107,12 @@ def test_the_package_loads_nothing_heavy(tmp_path):
 
 
 def test_version_is_answered_before_typer_loads(tmp_path):
-    modules = loaded_by(command_line("-V"), tmp_path)
-    assert not tops(modules) & (HEAVY | {"typer", "rich"})
-    assert "proxydet_cli.app" not in modules
+    with forked(tmp_path, "proxydet_cli.main") as run:
+        for asked in ("-V", "--version"):
+            code, modules = run(asked)
+            assert code == 0
+            assert not tops(modules) & (HEAVY | {"typer", "rich"})
+            assert "proxydet_cli.app" not in modules
 
 
 def test_help_loads_no_command_and_nothing_heavy(tmp_path):

@@ -425,7 +425,7 @@ def test_tables_whose_header_lies(tmp_path, header):
 def test_damaged_files_of_every_kind_are_refused_or_read_the_same():
     """The short form of the script; it ends with 1 after a crash, a bug, or other values than were written."""
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz_files.py"
-    words = [sys.executable, str(script), "--cases", "80", "--seed", "7"]
+    words = [sys.executable, str(script), "--cases", "160", "--seed", "7"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": refused\n") == 8

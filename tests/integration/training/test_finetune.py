@@ -92,6 +92,11 @@ def test_a_finetuning_ends_with_a_report_and_any_words(start, pets, tmp_path):
     assert not {row["name"] for row in part["by_class"]} & own
     again = finished_run(RunFolder(result.folder), config)
     assert (again.finetune, again.best) == (report, result.best)
+    # Version 0.1 did not write which images were asked for.
+    (result.folder / "finetune.json").write_text(
+        json.dumps({key: value for key, value in report.items() if key != "keep_check"})
+    )
+    assert finished_run(RunFolder(result.folder), config) is not None
     # Other images to check on are measured, whatever predictions the folder holds.
     other = dataclasses.replace(config.training.finetune, keep_check=pets)
     other = dataclasses.replace(

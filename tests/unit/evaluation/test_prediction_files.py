@@ -144,7 +144,11 @@ def test_a_damaged_line_is_reported_and_predicted_again(tmp_path, caplog):
     assert folder.images_done() == {1, 2}
     part.write_bytes(b'{"image_id": 1, "detec\n' + lines[1])
     assert folder.images_done() == {2}
-    assert "damaged line" in caplog.text
+    part.write_bytes(b"{\n" * 2 + lines[1])
+    assert folder.images_done() == folder.images_done() == {2}
+    reports = [record.message for record in caplog.records]
+    assert [text.count("skipped") for text in reports] == [1, 1]  # for one line, and for two
+    assert "2 damaged lines" in reports[1]
 
 
 def test_a_full_disk_is_told_and_what_is_written_stays(tmp_path, monkeypatch):

@@ -99,6 +99,18 @@ def test_a_manifest_knows_packages_and_source(run):
     assert set(MANIFEST.git) >= {"proxydet.commit", "proxydet.uncommitted"}
 
 
+def test_packages_are_found_whatever_their_description_is_kept_in(tmp_path, monkeypatch):
+    (tmp_path / "one_file.egg-info").write_text(
+        "Metadata-Version: 1.1\nName: one_file\nVersion: 7.1\n"
+    )
+    folder = tmp_path / "of_folder.egg-info"
+    folder.mkdir()
+    (folder / "PKG-INFO").write_text("Metadata-Version: 1.1\nName: of-folder\nVersion: 7.2\n\nText")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = installed_packages()
+    assert (found["one-file"], found["of-folder"]) == ("7.1", "7.2")
+
+
 UNSEALED = {key: value for key, value in MANIFEST.to_dict().items() if key != "sha256"}
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from proxydet.errors import ConfigError, DataError
+from proxydet.errors import DataError
 from proxydet.evaluation.analysis import (
     OperatingPoint,
     calibrate,
@@ -36,6 +36,7 @@ from proxydet.evaluation.analysis import (
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.detector_evaluation import evaluate_split
 from proxydet.evaluation.evaluate import run_evaluation
+from proxydet.evaluation.split import FOLDS
 from proxydet.modeling.postprocess import ClassText, agreed_scores, class_scores
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.names import quote_names
@@ -54,8 +55,6 @@ _MOST_SPREAD = 4.0
 _EDGE = 1e-6
 # Classes with fewer annotated objects are reported as such.
 _FEW = 5
-# Parts of the images, of which each is counted with what was learned from the others.
-_FOLDS = 5
 _CONFIG = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
 # By what the logits of all classes may be multiplied. Steeper ones let the proposals' scores decide, which costs AP.
 _SCALES = (1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0)
@@ -312,7 +311,7 @@ class ScoreChange:
     ap_before: float
     """Box AP by the detector's scores,"""
     ap: float
-    """and by the calibrated ones: what their order costs, since the boxes are the same."""
+    """and by the calibrated ones: what their order costs, since boxes and images are those that they were learned from."""
     saved: bool
     """Whether the vocabulary has them: the error is smaller and AP no more than half a point lower, or they were asked for in any case."""
 
@@ -397,21 +396,9 @@ def calibrate_vocabulary(
         ConfigError: A share is not in (0, 1), or both are given; or scores are to be calibrated with tiles or augmentation.
         DataError: No category is one of the classes, nothing that is annotated is found, or for scores there are too few images.
     """
-    if precision is not None and keep is not None:
-        raise ConfigError("precision and keep cannot be combined", hint="leave one of them out")
-    for name, share in {"precision": precision, "keep": keep}.items():
-        if share is not None and not 0 < share < 1:
-            raise ConfigError(
-                f"{name} is {share}; it must be above 0 and below 1", hint="0.9: nine of ten"
-            )
+    split.check_calibration(detector.inference, precision=precision, keep=keep, scores=scores)
     shared = split.annotated(vocabulary.reported)
     least, images = detector.inference.score_threshold, len(split.truth.image_ids)
-    if scores and images < 2 * _FOLDS:
-        raise DataError(
-            f"{split.truth.name} has {images} images: too few to see whether calibrated scores are better",
-            hint=f"calibrate scores on {2 * _FOLDS} images or more",
-            path=split.truth.path,
-        )
     one_label = detector.with_settings(agnostic_nms=True, masks=False)
 
     def evaluated(words: Vocabulary) -> Evaluation:
@@ -426,8 +413,23 @@ def calibrate_vocabulary(
             )
         return found
 
-    fold_I = np.random.default_rng(0).permutation(images) % _FOLDS
+    fold_I = np.random.default_rng(0).permutation(images) % FOLDS
     evaluation, change = evaluated(vocabulary), None
+    assert evaluation.main is not None
+    names = tuple(name.strip() for name in evaluation.main.truth.category_names)
+    asked_C = np.isin(names, shared)
+
+    def judged(scored: Scored) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return which detections are right, and which of the classes asked for are right or wrong."""
+        right_S, wrong_S = right_and_wrong(scored.matches)
+        return right_S, (right_S | wrong_S) & asked_C[scored.matches.selection.category_S]
+
+    if not np.logical_and(*judged(evaluation.main)).any():
+        raise DataError(
+            f"{split.truth.name}: no detection of {quote_names(shared)} finds an annotated object: there is nothing to learn from",
+            hint="calibrate on other images, or on more of them",
+            path=split.truth.path,
+        )
     if scores:
         calibrated, change = _with_scores(
             one_label, split, vocabulary, evaluation, fold_I, progress, even_if_worse
@@ -436,18 +438,8 @@ def calibrate_vocabulary(
             vocabulary, evaluation = calibrated, evaluated(calibrated)
     scored = evaluation.main
     assert scored is not None
-    names = tuple(name.strip() for name in scored.truth.category_names)
-    asked_C = np.isin(names, shared)
-    selection = scored.matches.selection
+    selection, (right_S, used_S) = scored.matches.selection, judged(scored)
     class_S, score_S = selection.category_S, selection.score_S
-    right_S, wrong_S = right_and_wrong(scored.matches)
-    used_S = (right_S | wrong_S) & asked_C[class_S]
-    if not (right_S & used_S).any():
-        raise DataError(
-            f"{split.truth.name}: no detection of {quote_names(shared)} finds an annotated object: there is nothing to learn from",
-            hint="calibrate on other images, or on more of them",
-            path=split.truth.path,
-        )
     matches = scored.matches
     counted_G = matches.counts_GA[:, 0] & asked_C[matches.ann_category_G]
 
@@ -473,8 +465,8 @@ def calibrate_vocabulary(
         operating_point(scored, threshold_C[class_S], "thresholds of the classes", classes=asked_C),
     ]
     worse = False
-    if images >= 2 * _FOLDS:
-        elsewhere_FC = np.stack([learn(fold_I != fold)[0] for fold in range(_FOLDS)])
+    if images >= 2 * FOLDS:
+        elsewhere_FC = np.stack([learn(fold_I != fold)[0] for fold in range(FOLDS)])
         elsewhere_S = elsewhere_FC[fold_I[selection.image_S], class_S]
         name = "the same, learned from other images"
         points.append(operating_point(scored, elsewhere_S, name, classes=asked_C))
@@ -488,7 +480,7 @@ def calibrate_vocabulary(
         return np.bincount(class_S[chosen_S & used_S], minlength=len(names))
 
     kept = [score_S > general_S, score_S > threshold_C[class_S]]
-    columns = [counted(part & found_S) for part in kept for found_S in (right_S, wrong_S)]
+    columns = [counted(part & found_S) for part in kept for found_S in (right_S, ~right_S)]
     classes = []
     for name in vocabulary.reported:
         row = number.get(name)
@@ -534,7 +526,10 @@ def _with_scores(
     progress: Progress,
     even_if_worse: bool,
 ) -> tuple[Vocabulary, ScoreChange]:
-    """Return the vocabulary with calibrated scores, and what they change on images that they were not learned from."""
+    """Return the vocabulary with calibrated scores, and what they change.
+
+    The calibration error is that of images that they were not learned from, AP that of the same images.
+    """
     scored = evaluation.main
     assert scored is not None
     selection, results = scored.selection, evaluation.results
@@ -569,7 +564,7 @@ def _with_scores(
         found_2C, score_S = scores_of(scale, np.ones(len(selection), dtype=bool))
         ap = scored_by(score_S).report.ap or 0.0
         elsewhere_S = np.zeros(len(selection))
-        for fold in range(_FOLDS):
+        for fold in range(FOLDS):
             here_S = fold_S == fold
             elsewhere_S[here_S] = scores_of(scale, ~here_S)[1][here_S]
         error = error_of(scored_by(elsewhere_S).main)

@@ -19,13 +19,16 @@ from proxydet.data.image_labels import match_tars, synset_of_wnid
 from proxydet.data.images import Pixels, open_annotated_image, require_distinct_files
 from proxydet.data.records import Identifier
 from proxydet.data.store import AnnotationStore
-from proxydet.errors import DataError
+from proxydet.errors import ConfigError, DataError
 from proxydet.evaluation.ground_truth import GroundTruth
+from proxydet.modeling.config import InferenceConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.names import quote_names
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 Masks = dict[str, NDArray[np.bool_]]
+FOLDS = 5
+"""Parts of the images, of which each is counted with what was learned from the others."""
 
 
 def imagenet_groups(truth: GroundTruth) -> Masks:
@@ -140,6 +143,45 @@ class DescribedSplit:
                 path=self.data.config.split(self.name).annotations,
             )
         return shared
+
+    def check_calibration(
+        self,
+        settings: InferenceConfig,
+        *,
+        precision: float | None = None,
+        keep: float | None = None,
+        scores: bool = False,
+    ) -> None:
+        """Refuse what `proxydet.evaluation.scorers.calibrate_vocabulary` cannot learn, before a detector is opened.
+
+        Args:
+            settings: The detector's.
+            precision: As for `calibrate_vocabulary`, as are the others.
+            keep: See there.
+            scores: See there.
+
+        Raises:
+            ConfigError: A share is not in (0, 1), or both are given; or scores are to be calibrated with tiles or augmentation.
+            DataError: There are too few images to calibrate scores.
+        """
+        if precision is not None and keep is not None:
+            raise ConfigError("precision and keep cannot be combined", hint="leave one of them out")
+        for name, share in {"precision": precision, "keep": keep}.items():
+            if share is not None and not 0 < share < 1:
+                raise ConfigError(
+                    f"{name} is {share}; it must be above 0 and below 1", hint="0.9: nine of ten"
+                )
+        if scores and (settings.augmented or settings.tiles):
+            raise ConfigError(
+                "scores are calibrated on detections in one view of an image",
+                hint="leave out --scores; or use a run without inference.flip, inference.scales and inference.tiles",
+            )
+        if scores and len(self.store) < 2 * FOLDS:
+            raise DataError(
+                f"{self.data.config.name} has {len(self.store)} images: too few to see whether calibrated scores are better",
+                hint=f"calibrate scores on {2 * FOLDS} images or more",
+                path=self.data.config.split(self.name).annotations,
+            )
 
     @cached_property
     def roots(self) -> tuple[Path, ...]:

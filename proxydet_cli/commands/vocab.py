@@ -244,7 +244,11 @@ def build(
         detector = None
         if named is not None:
             detector = open_detector(named, device=detector_options.device, yes=yes)
-        known = build_vocabulary(any_names(), opened()) if detector is None else detector.vocabulary
+        known = (
+            build_vocabulary(any_names(), clip or opened())
+            if detector is None
+            else detector.vocabulary
+        )
 
         def text_of(wanted: Sequence[str]) -> Vocabulary:
             def embedded() -> Vocabulary:
@@ -488,7 +492,7 @@ def calibrate(
     """
     from proxydet.data.sources import open_config
     from proxydet.evaluation.split import DescribedSplit
-    from proxydet.models import trained_classes
+    from proxydet.models import settings_of, trained_classes
     from proxydet.vocabulary.names import quote_names
     from proxydet_cli.progress import show_progress
 
@@ -507,6 +511,8 @@ def calibrate(
     # Marked base as predict will. Torch is loaded when all that can be refused was refused.
     wanted = asked.open(trained_classes(named), yes=yes)
     opened.annotated(wanted.reported)
+    settings = settings_of(named).inference
+    opened.check_calibration(settings, precision=precision, keep=keep, scores=scores)
     detector = open_detector(named, asked, device=model.device, yes=yes)
     from proxydet.evaluation.analysis import operating_rows
     from proxydet.evaluation.scorers import calibrate_vocabulary

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 import proxydet.data.store as store_module
 from proxydet.data.masks import decode
-from proxydet.data.records import DEVIATIONS, StoreReport
+from proxydet.data.records import DEVIATIONS, AnnotationSource, StoreReport
 from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.errors import DataError, RuntimeEnvironmentError
 from proxydet.evaluation.ground_truth import GroundTruth
@@ -846,3 +846,14 @@ def test_a_cache_that_cannot_be_written_is_named_with_what_moves_it(
     with pytest.raises(RuntimeEnvironmentError, match="home") as caught:
         AnnotationStore.open(path)
     assert "PROXYDET_CACHE" in str(caught.value.hint)
+
+
+def test_a_named_format_has_a_store_of_its_own(write_json, tmp_path):
+    path = write_json(document([IMAGE], []))
+
+    def store(**options: Any) -> str:
+        source = AnnotationSource(annotations=path, images=(), **options)
+        return AnnotationStore.path_for(source, cache=tmp_path / "cache").name
+
+    assert store() == store(format="COCO JSON")
+    assert len({store(), store(format="CVAT XML"), store(format="Label Studio JSON")}) == 3

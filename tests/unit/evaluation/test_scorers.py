@@ -23,6 +23,7 @@ from proxydet.evaluation.scorers import ScoreCalibration, ScoreParts, calibrate_
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import Prediction
+from proxydet.models import PUBLISHED_MODELS
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 NAMES = ["cup", "mug", "jar"]
@@ -308,10 +309,14 @@ def test_wrong_classes_and_nothing_found_are_named(annotated):
         calibrate_vocabulary(
             detector, opened(annotated), Vocabulary.from_arrays(["fork"], [[1.0, 0, 0, 0]])
         )
-    with pytest.raises(DataError, match="'spoon'"):
-        calibrate_vocabulary(
-            detector, opened(annotated), Vocabulary.from_arrays(["spoon"], [[1.0, 0, 0, 0]])
-        )
+    for scores in (False, True):
+        with pytest.raises(DataError, match="'spoon'"):
+            calibrate_vocabulary(
+                detector,
+                opened(annotated),
+                Vocabulary.from_arrays(["spoon"], [[1.0, 0, 0, 0]]),
+                scores=scores,
+            )
     for precision in (0.0, 1.0):
         with pytest.raises(ConfigError, match=str(precision)):
             calibrate_vocabulary(
@@ -359,6 +364,41 @@ def test_mistakes_write_nothing(calibrate, words, what):
     assert code == 3
     assert what in err
     assert not Path("own.vocab").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "what"),
+    [
+        (["--precision", "0"], {}, "precision"),
+        (["--precision", "1"], {}, "precision"),
+        (["--keep", "0"], {}, "keep"),
+        (["--keep", "1"], {}, "keep"),
+        (["--scores"], {}, "8 images"),
+        (["--scores"], {"tiles": 800}, "inference.tiles"),
+        (["--scores"], {"flip": True}, "inference.flip"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_before_the_detector_is_opened(
+    calibrate, annotated, monkeypatch, words, settings, what
+):
+    content = json.loads(annotated.read_text())
+    if not settings:
+        content["images"], content["annotations"] = (
+            content["images"][:8],
+            content["annotations"][:8],
+        )
+    annotated.write_text(json.dumps(content))
+    started: list[Any] = []
+    monkeypatch.setattr(
+        "proxydet.detector.open_named", lambda *_, **__: started.append(1) or Known()
+    )
+    named = dataclasses.replace(
+        PUBLISHED_MODELS["proxydet-r50-inl"], inference=InferenceConfig(**settings)
+    )
+    monkeypatch.setattr("proxydet.models.settings_of", lambda _: named)
+    code, _, err = calibrate("--data", "few.json", "-o", "own.vocab", *words)
+    assert (code, started) == (3, [])
+    assert what in err
 
 
 def test_two_aims_at_once_are_a_wrong_command_line(cli, tmp_path):

@@ -303,11 +303,21 @@ def exemplars(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def test_exemplars_become_classes_in_the_space_of_texts(clip, weights, exemplars, tmp_path, cli):
+def test_exemplars_become_classes_in_the_space_of_texts(
+    clip, weights, exemplars, tmp_path, cli, monkeypatch
+):
+    started = []
+
+    def counted(*args, **options):
+        started.append(args)
+        return open_encoder(*args, **options)
+
+    monkeypatch.setattr("proxydet.vocabulary.encoder.open_encoder", counted)
     words = ["--image-tower", "--encoder", weights, "--model", "tiny-test"]
     build = ["vocab", "build", "--exemplars", exemplars, *words]
     code, _, err = cli(*build, "-o", tmp_path / "seen.vocab")
     assert code == 0, err
+    assert len(started) == 1  # CLIP takes seconds and memory
     seen = Vocabulary.load(tmp_path / "seen.vocab")
     assert (seen.names, seen.dimension, seen.plain) == (("a cat", "zebra"), 16, True)
     # They lie apart as the images do, around what names have in common, and not around the images.

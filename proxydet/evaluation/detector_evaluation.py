@@ -246,7 +246,7 @@ class PredictionFolder:
                         # The detections are the last thing of a line but its closing brace and end.
                         found[row.image_id] = (start + len(line) - length - 2, length)
                     start += len(line)
-            report_damage(file, damaged, then="their images are predicted again")
+            report_damage(file, damaged, then="images that only these held are predicted again")
             yield file, found
 
 

@@ -54,6 +54,7 @@ from proxydet.inference.sharded import (
     Shard,
     load_job,
     open_job,
+    remove_remains,
     require_idle,
     run_job,
 )
@@ -437,6 +438,9 @@ def open_addition(
     """
     if shard is None or shard.count == 1:
         finish_addition(path)
+    elif (path / ADDING).exists() and not (path / ADDING / MANIFEST).exists():
+        with IndexWriter(path, wait=True):
+            remove_remains(path / ADDING)
     detector = StoredIndex(path).detector
     root = os.getcwd()  # noqa: PTH109
 
@@ -478,29 +482,42 @@ def open_addition(
     )
 
 
-def finish_addition(path: Path, *, idle: bool = True) -> None:
+def finish_addition(path: Path, job: Job | None = None) -> None:
     """Make parts of the index of what the job has finished that adds images, and remove the job.
 
     Args:
         path: The index.
-        idle: Make sure that no process runs it.
+        job: The one that this process has run; one that another began meanwhile stays. None: the one that is there, which no
+            process runs.
 
     Raises:
-        LockedError: One does.
+        LockedError: A process runs it.
+        DataError: A part of the index is damaged; the job stays, as it does after the next two.
         DiskFullError: There is no room.
+        RuntimeEnvironmentError: A file cannot be read or written.
     """
     folder = path / ADDING
-    if idle:
+    if job is None:
         require_idle(folder)
-    if not (folder / MANIFEST).exists():
+    if not folder.exists():
         return
     with IndexWriter(path, wait=True) as writer:
+        if job is None:
+            remove_remains(folder)
         if not (folder / MANIFEST).exists():  # another process was first
             return
+        there = None
         try:
-            writer.take(load_job(folder, IndexParts(writer.index.detector)))
+            there = load_job(folder, IndexParts(writer.index.detector))
         except DataError as error:
-            logger.warning("%s; its images are embedded again", error.message)
+            if isinstance(error.__cause__, OSError):
+                raise
+            if job is None:
+                logger.warning("%s; its images are embedded again", error.message)
+        if job is not None and there is not None and there.digest != job.digest:
+            return
+        if (taken := job or there) is not None:
+            writer.take(taken)
         (folder / MANIFEST).unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -561,7 +578,7 @@ def run_addition(
         raise
     except BaseException as error:
         if alone:
-            finish_addition(path, idle=False)
+            finish_addition(path, job)
         if isinstance(error, JobInterruptedError):
             raise JobInterruptedError(
                 f"stopped; {path} has {StoredIndex(path).images} images"
@@ -573,7 +590,7 @@ def run_addition(
     unreadable = tuple(_unreadable(job, shard or Shard()))
     unfinished = done.unfinished if (job.folder / MANIFEST).exists() else 0
     if not unfinished:
-        finish_addition(path, idle=False)
+        finish_addition(path, job)
     return IndexSummary(
         added=done.objects,
         copied=job.counts["copied"],

@@ -18,13 +18,17 @@ Dimensions: B images of a part, N their regions, D embedding.
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import ctypes
+import errno
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
+import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +41,13 @@ import numpy.typing as npt
 
 from proxydet._version import __version__
 from proxydet.config import from_mapping
-from proxydet.errors import ConfigError, DataError, InputError, MissingDependencyError
+from proxydet.errors import (
+    ConfigError,
+    DataError,
+    InputError,
+    MissingDependencyError,
+    RuntimeEnvironmentError,
+)
 from proxydet.files import Lock, read_json, sha256, staged, sweep, write_errors, write_json
 from proxydet.inference.sources import SourceImage, file_state
 from proxydet.modeling.config import InferenceConfig
@@ -160,6 +170,7 @@ class Part:
 
         Raises:
             DataError: The file is absent, or changed since it was written.
+            RuntimeEnvironmentError: It cannot be opened or read now, which says nothing about what is in it.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -182,7 +193,7 @@ class Part:
                 raise ValueError(f"it has {size} bytes, not {self.record.bytes}")
             with safe_open(self.path, framework="numpy"):  # checks the header: all lies in the file
                 pass
-            data = np.asarray(np.memmap(self.path, np.uint8, "c"))
+            data = _mapped(self.path, size)
             start = 8 + int.from_bytes(data[:8].tobytes(), "little")
             arrays: Arrays = {}
             for name, entry in json.loads(data[8:start].tobytes()).items():
@@ -201,6 +212,8 @@ class Part:
                 if images and (int(ends[-1]) != last or (np.diff(ends) < 0).any() or ends[0] < 0):
                     raise ValueError("its images overlap")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENOENT:
+                raise _unreadable(self.path, error) from error
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
                 f"{self.path} is not the part that the index lists: {reason}",
@@ -270,6 +283,41 @@ class Part:
             elif name.startswith(("scale_", "offset_")):
                 chosen[name] = values
         return chosen | paths_of([self._encoded_path(row) for row in rows.tolist()])
+
+
+def _mapped(path: Path, size: int) -> npt.NDArray[np.uint8]:
+    """Map a file into memory; what is written to the array stays out of the file.
+
+    `mmap.mmap` keeps a file descriptor of each map (before Python 3.13), and a process may have 1,024 or even 256 of them: fewer
+    than a large index has parts. So it is the C library's own that maps, where there is one.
+    """
+    if sys.platform == "win32":
+        return np.asarray(np.memmap(path, np.uint8, "c"))
+    library = ctypes.CDLL(None, use_errno=True)
+    pointer, length, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    library.mmap.argtypes = (pointer, length, number, number, number, ctypes.c_long)
+    library.mmap.restype = pointer
+    library.munmap.argtypes = (pointer, length)
+    with path.open("rb") as file:
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        address = library.mmap(None, size, access, mmap.MAP_PRIVATE, file.fileno(), 0)
+    if address in (None, pointer(-1).value):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    held = (ctypes.c_uint8 * size).from_address(address)
+    # At the end of the process the system unmaps, when no thread reads it any more.
+    weakref.finalize(held, library.munmap, address, size).atexit = False
+    return np.frombuffer(memoryview(held), np.uint8)
+
+
+def _unreadable(path: Path, error: OSError) -> RuntimeEnvironmentError:
+    # safetensors calls all that cannot be opened absent.
+    reason = error.strerror or "it cannot be opened now"
+    return RuntimeEnvironmentError(
+        f"{path} cannot be read: {reason}",
+        hint="check that you may read it, and how many files may be open (ulimit -n); a file that no disk gives back: "
+        "delete it, and run: proxydet index remove INDEX --damaged",
+        path=path,
+    )
 
 
 def _encoded(path: str) -> bytes:
@@ -503,10 +551,18 @@ class StoredIndex:
         Args:
             whole: Compare their digests and read all values; else their sizes.
             progress: Called with the bytes read.
+
+        Raises:
+            RuntimeEnvironmentError: A part cannot be opened or read now, which is no damage.
         """
         sizes: dict[str, int] = {}
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.path / "parts") as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries}
+        try:
+            with os.scandir(self.path / "parts") as entries:
+                sizes = {entry.name: entry.stat().st_size for entry in entries}
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _unreadable(self.path / "parts", error) from error
         wrong = {}
         for part in self.parts:
             size = sizes.get(part.path.name)
@@ -522,8 +578,10 @@ class StoredIndex:
                         )
                     elif not all(np.isfinite(values).all() for values in part.arrays.values()):
                         wrong[part] = f"{part.path} holds values that are not finite"
+                except FileNotFoundError:
+                    wrong[part] = f"there is no part {part.path}"
                 except OSError as error:
-                    wrong[part] = f"{part.path}: {error.strerror or error}"
+                    raise _unreadable(part.path, error) from error
                 except DataError as error:
                     wrong[part] = error.message
         return wrong
@@ -764,7 +822,9 @@ class IndexWriter:
         """Put into the index what a job of `proxydet.index.build` has finished; its files stay where they are, too.
 
         Raises:
+            DataError: A part of the index is damaged.
             DiskFullError: There is no room, where the file system has no hard links.
+            RuntimeEnvironmentError: A file cannot be read or written.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -782,6 +842,8 @@ class IndexWriter:
             except SafetensorError:
                 logger.warning("%s is damaged: its images are not added", file)
                 continue
+            except OSError as error:
+                raise _unreadable(file, error) from error
             with write_errors(target):
                 target.parent.mkdir(exist_ok=True)
                 target.unlink(missing_ok=True)

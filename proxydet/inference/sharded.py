@@ -425,7 +425,9 @@ def open_job(
         was, now = _flat(there), _flat(stated)
         differing = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
         raise ConfigError(
-            f"the folder {folder} has a job with another {first_of(differing)}",
+            f"the folder {folder} has a job with other {first_of(differing)}"
+            if differing == ["sources"]
+            else f"the folder {folder} has a job with another {first_of(differing)}",
             hint=hint,
             path=path,
         )
@@ -664,6 +666,18 @@ def remove_job(folder: Path) -> None:
         for path in [*_files(folder), *(folder / "shards").glob("*-of-*")]:
             path.unlink(missing_ok=True)
         (folder / "images.jsonl").unlink(missing_ok=True)
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove results whose manifest is gone: those of a job whose removal was interrupted.
+
+    Raises:
+        LockedError: A process runs a shard of it.
+        RuntimeEnvironmentError: A file cannot be removed.
+    """
+    # No job is planned next to results, so what is seen here without a manifest stays without.
+    if next(_files(folder), None) is not None and not (folder / MANIFEST).exists():
+        remove_job(folder)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -15,8 +17,20 @@ from PIL import Image
 from region_indexes import made, paths
 
 from proxydet import Detector, RegionIndex
-from proxydet.errors import ConfigError, DataError, DiskFullError, InputError, LockedError
-from proxydet.index.build import index_images, open_addition, open_index, run_addition
+from proxydet.errors import (
+    ConfigError,
+    DataError,
+    DiskFullError,
+    InputError,
+    LockedError,
+)
+from proxydet.index.build import (
+    finish_addition,
+    index_images,
+    open_addition,
+    open_index,
+    run_addition,
+)
 from proxydet.index.store import IndexWriter, StoredIndex
 from proxydet.inference.sharded import Shard
 
@@ -35,6 +49,12 @@ def index(exact, photos, tmp_path) -> Path:
 
 def run(detector, folder: Path, index: Path, **options):
     return index_images(detector, [folder], index, **options)
+
+
+def changed(folder: Path) -> None:
+    """Give all photos another content."""
+    for file in folder.glob("*.png"):
+        file.write_bytes(file.read_bytes() + b"0")
 
 
 class Counting(Detector):
@@ -174,6 +194,78 @@ def test_what_a_killed_process_had_finished_is_taken_whatever_is_added_next(
     assert (run(counting, own, index).images, counting.embedded) == (4, 2)
     assert not (index / "adding").exists()
     assert StoredIndex(index).verify() == []
+
+
+def test_a_job_stays_until_the_index_can_take_it(own, index, detector, monkeypatch):
+    monkeypatch.setattr("proxydet.index.build.LARGEST_PART", 1)
+    changed(own)
+    (part,) = (index / "parts").glob("*")
+
+    class Breaking(Detector):
+        def embed(self, images, settings=None):
+            part.unlink(missing_ok=True)
+            return super().embed(images, settings)
+
+    breaking = Breaking(detector.network, shortest=64, longest=100, encoder=detector.encoder)
+    with pytest.raises(DataError, match="No such file"):
+        run(breaking, own, index)
+    with IndexWriter(index) as writer:
+        writer.remove_damaged()
+    counting = Counting(detector)
+    assert (run(counting, own, index).unchanged, counting.embedded) == (4, 0)
+
+
+@pytest.mark.parametrize("shard", [Shard(), Shard(0, 2)])
+def test_what_a_killed_process_left_of_a_finished_job_is_removed(own, index, detector, shard):
+    changed(own)
+    for name in ("parts/000000.safetensors", "finished/0-of-1.jsonl"):
+        (index / "adding" / name).parent.mkdir(parents=True)
+        (index / "adding" / name).touch()
+    work = open_index(detector, index)
+    job = open_addition(index, [str(own)], shard=shard)
+    assert run_addition(index, job, lambda _: work, shard=shard).added == 4
+
+
+def test_a_job_that_another_process_began_meanwhile_stays(own, index):
+    changed(own)
+    ended = open_addition(index, [str(own / "p0.png")])
+    finish_addition(index)
+    open_addition(index, [str(own / "p1.png")])
+    before = (index / "adding" / "job.json").read_bytes()
+    finish_addition(index, ended)
+    assert (index / "adding" / "job.json").read_bytes() == before
+
+
+def test_an_index_of_more_parts_than_files_may_be_open(own, tmp_path, detector, monkeypatch):
+    monkeypatch.setattr("proxydet.index.build.LARGEST_PART", 1)
+    index = tmp_path / "photos.index"
+    for copy in range(20):
+        shutil.copy(own / "p0.png", own / f"p0-{copy}.png")
+        with (own / f"p0-{copy}.png").open("ab") as stream:
+            stream.write(bytes([copy]))  # no two files have the same digest
+    run(detector, own, index)
+    code = f"""
+import os, resource
+from proxydet.errors import RuntimeEnvironmentError
+from proxydet.index.store import StoredIndex
+few = len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")) + 12
+resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))
+stored = StoredIndex({str(index)!r})
+held = [part.arrays for part in stored.parts]
+assert len(held) == 24 and stored.damaged(whole=True) == {{}}
+opened = []
+try:
+    while True:
+        opened.append(os.dup(0))
+except OSError:
+    pass
+try:
+    stored.of_parts([stored.parts[0].record]).parts[0].arrays
+except RuntimeEnvironmentError as error:
+    print(type(error).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stderr, done.stdout.strip()) == ("", "RuntimeEnvironmentError")
 
 
 def test_shards_share_a_plan_and_the_last_one_puts_all_into_the_index(

@@ -477,6 +477,8 @@ def open_addition(
         largest=max(min(_PART_BYTES // bytes_each, LARGEST_PART), 1),
         stdin=stdin,
         choose=choose,
+        # One that comes when the others have ended plans what could not be read: nothing that it should leave behind.
+        shard=None if shard is None or shard.count == 1 else shard,
         hint=f"run it to its end first; or add these images without --shard, which takes what it has finished into {path}",
         progress=progress,
     )
@@ -589,7 +591,7 @@ def run_addition(
         raise
     unreadable = tuple(_unreadable(job, shard or Shard()))
     unfinished = done.unfinished if (job.folder / MANIFEST).exists() else 0
-    if not unfinished:
+    if job.digest and not unfinished:
         finish_addition(path, job)
     return IndexSummary(
         added=done.objects,

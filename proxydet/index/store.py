@@ -553,7 +553,7 @@ class StoredIndex:
             progress: Called with the bytes read.
 
         Raises:
-            RuntimeEnvironmentError: A part cannot be opened or read now, which is no damage.
+            RuntimeEnvironmentError: A part cannot be opened or read now; that is not damage.
         """
         sizes: dict[str, int] = {}
         try:

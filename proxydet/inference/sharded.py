@@ -358,6 +358,7 @@ def open_job(
     overwrite: bool = False,
     choose: Choose | None = None,
     request: str = "",
+    shard: Shard | None = None,
     hint: str = "give another folder with --output, or replace the job that is there: --overwrite",
     progress: Progress = SILENT,
 ) -> Job:
@@ -380,6 +381,7 @@ def open_job(
         choose: Yields those of the images that the job is to do, and counts others; what it does at its end is done before the
             plan counts. None: all.
         request: What asks for the job, for `finished_job`; empty: that does not know it.
+        shard: Drop a plan that has no part for this shard, and return a job without parts, whose digest is empty. None: keep it.
         hint: What to do where the folder has another job.
         progress: Where planning is shown.
 
@@ -397,21 +399,27 @@ def open_job(
     }
     path = folder / MANIFEST
     planned = False
+    unused: Job | None = None
 
     def build(_: Path) -> None:
-        nonlocal planned
+        nonlocal planned, unused
         planned = True
         asked = {**stated, "request": request, "root": root}
         step = part_images or min(_SMALLEST_PART, largest)
         _plan(
             folder, sources, asked, step, part_images or largest, stdin, overwrite, choose, progress
         )
+        if shard is not None and len((job := load_job(folder, parts)).offsets) <= shard.index:
+            unused = dataclasses.replace(job, offsets=(), digest="", planned=True)
+            path.unlink()  # before others see it: they wait for the lock of the plan
 
     if overwrite:
         with Lock(path.with_name(f"{path.name}.lock")):  # that of build_once
             build(path)
     else:
         build_once(path, build)
+    if unused is not None:
+        return unused
     content = _manifest(folder, hint)
     there: dict[str, Any] = {name: content.get(name) for name in stated}
     settings, mine = (

@@ -1281,7 +1281,9 @@ class ServingApp:
             try:
                 like = index.like(params.like, params.box)
             except DataError as error:
-                raise RequestError(404, "region", error.message, hint=error.hint) from error
+                # Of a damaged part the file is named.
+                status, kind = (404, "region") if error.path is None else (500, "index")
+                raise RequestError(status, kind, error.message, hint=error.hint) from error
         vocabulary = self.vocabulary_of(params) if like is None else like.vocabulary
         settings = index.settings(
             score_threshold=params.score_threshold,

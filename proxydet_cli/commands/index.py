@@ -239,8 +239,10 @@ def verify(
 def remove(
     index: IndexFolder,
     images: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="IMAGE", help="Files, or folders with all that is below them."),
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE", help="Files, folders with all that is below them, or URLs of either."
+        ),
     ] = None,
     missing: Annotated[
         bool, typer.Option("--missing", help="Remove images whose files are not there any more.")
@@ -260,14 +262,19 @@ def remove(
 
     if not images and not missing and not damaged:
         raise typer.BadParameter("name images or folders, or give --missing or --damaged")
-    places = [os.path.abspath(image) for image in images or ()]  # noqa: PTH100 links stay
+    places = [
+        image.rstrip("/") if "://" in image else os.path.abspath(image)  # noqa: PTH100 links stay
+        for image in images or ()
+    ]
     with IndexWriter(index) as writer:
         removed = writer.remove_damaged() if damaged else 0
         chosen = [
             (part, row)
             for part, row in (writer.index.rows() if places or missing else ())
             for path in [part.path_of(row)]
-            if any(path == place or path.startswith(place + os.sep) for place in places)
+            if any(
+                path == place or path.startswith((place + os.sep, place + "/")) for place in places
+            )
             or (missing and is_gone(path))
         ]
         if places and not chosen and not missing:

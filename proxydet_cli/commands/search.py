@@ -115,7 +115,7 @@ def search(
     classes.check()
     if (like is None) != (box is None):
         raise typer.BadParameter("--like IMAGE and --box X,Y,W,H go together")
-    if like is not None and (useless := given_options(context, ClassOptions, "data")):
+    if like is not None and (useless := given_options(context, ClassOptions, "data", "base_above")):
         raise typer.BadParameter(
             f"--like looks for what is in the box: leave out {', '.join(useless)}"
         )

@@ -16,6 +16,7 @@ from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.detector_evaluation import evaluate_index, evaluate_split
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.index.search import RegionIndex
+from proxydet.index.store import IndexWriter
 from proxydet.reporting import SilentProgress
 from proxydet.vocabulary.encoder import open_encoder
 from proxydet_cli import progress
@@ -85,6 +86,11 @@ def test_from_photos_to_a_page(run, photos, detector, tmp_path, monkeypatch):
     assert run("index", "remove", "photos.index", "--missing", "--json").data["removed"] == 1
     assert run("index", "remove", "photos.index", "photos/p0.png", "--json").data["images"] == 2
     assert run("index", "remove", "photos.index", "elsewhere").code == 3
+    with IndexWriter(Path("photos.index")) as writer:
+        part, row = next(writer.index.rows())
+        writer.copy([(part, row, "s3://bucket/2019/cup.png", (1, 1))])
+    far = run("index", "remove", "photos.index", "s3://bucket/2019/", "--json").data
+    assert (far["removed"], far["images"]) == (1, 2)
 
     assert run("index", "photos", "-o", "small.index", "--compact").code == 0
     assert run("index", "merge", "photos.index", "small.index", "-o", "all.index").code == 3
@@ -111,6 +117,7 @@ def test_what_makes_no_sense_is_refused(run):
         ("search", "x.index", "--eval", "pets", "--limit", "100", "--all-labels"),
         ("search", "x.index", "--split", "val"),
         ("search", "x.index", "--like", "a.jpg"),
+        ("search", "x.index", "--like", "a.jpg", "--box", "1,2,3,4", "--base-above", "0.5"),
         ("search", "x.index", "--like", "a.jpg", "--box", "1,2,3"),
         ("index", "inf", "x.index"),
     ):

@@ -285,6 +285,20 @@ def test_shards_share_a_plan_and_the_last_one_puts_all_into_the_index(
     assert (run(detector, own, index).added, len(paths(index))) == (1, 5)
 
 
+def test_a_shard_that_comes_when_the_job_has_ended_leaves_none_behind(own, detector, tmp_path):
+    (own / "broken.jpg").write_bytes(b"no image")
+    index = tmp_path / "photos.index"
+    work, done = open_index(detector, index), []
+    for number in (0, 1):
+        job = open_addition(index, [str(own)], shard=Shard(number, 2))
+        done.append(run_addition(index, job, lambda _: work, shard=Shard(number, 2)))
+    assert [(d.added, d.unchanged, d.unfinished, d.images) for d in done] == [
+        (4, 0, 0, 4),
+        (0, 4, 0, 4),
+    ]
+    open_addition(index, [str(own / "p0.png"), str(own / "broken.jpg")], shard=Shard(0, 2))
+
+
 def test_a_full_disk_keeps_what_was_committed(own, detector, tmp_path, monkeypatch):
     index = tmp_path / "photos.index"
     monkeypatch.setattr("proxydet.index.build.LARGEST_PART", 2)

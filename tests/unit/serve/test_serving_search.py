@@ -74,6 +74,17 @@ def test_more_like_a_region_over_http(searching, index):
     ]
 
 
+def test_a_damaged_part_is_not_a_region_that_is_absent(index, tmp_path):
+    copied = RegionIndex(shutil.copytree(index.stored.path, tmp_path / "photos.index"))
+    app = build_app(Served(index=copied), ServingSettings())
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        for part in copied.stored.parts:
+            part.__dict__.pop("arrays", None)
+            part.path.unlink()
+        response = client.get("/api/search?like=0&box=[0,0,9,9]")
+    assert (response.status_code, response.json()["error"]["kind"]) == (500, "index")
+
+
 def test_members_of_a_tar_are_shown_and_objects_of_a_store_are_not_fetched(
     photos, detector, tmp_path, monkeypatch
 ):

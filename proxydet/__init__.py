@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from proxydet.artifacts.downloader import download
     from proxydet.detections import Detections
     from proxydet.detector import Detector
+    from proxydet.environment.report import environment
+    from proxydet.environment.roi_verify import verify_roi_align
     from proxydet.evaluation.detector_evaluation import evaluate
     from proxydet.export.exporter import export_detector
     from proxydet.index.search import RegionIndex
-    from proxydet.runtime.report import environment
-    from proxydet.runtime.roi_verify import verify_roi_align
     from proxydet.training.train import train
     from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -46,11 +46,11 @@ _HOME = {
     "Vocabulary": "proxydet.vocabulary.vocabulary",
     "download": "proxydet.artifacts.downloader",
     "RegionIndex": "proxydet.index.search",
-    "environment": "proxydet.runtime.report",
+    "environment": "proxydet.environment.report",
     "evaluate": "proxydet.evaluation.detector_evaluation",
     "export_detector": "proxydet.export.exporter",
     "train": "proxydet.training.train",
-    "verify_roi_align": "proxydet.runtime.roi_verify",
+    "verify_roi_align": "proxydet.environment.roi_verify",
 }
 
 

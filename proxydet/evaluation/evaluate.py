@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from proxydet.config import to_mapping
 from proxydet.data.formats.coco import no_garbage_collection
+from proxydet.environment.modes import Mode
+from proxydet.environment.report import environment
 from proxydet.errors import ConfigError, DataError, InputError, RuntimeEnvironmentError
 from proxydet.evaluation.bootstrap import (
     Difference,
@@ -53,8 +55,6 @@ from proxydet.evaluation.scoring import (
 from proxydet.files import sha256
 from proxydet.manifest import MANIFEST_NAME, build_manifest, read_manifest, write_run_records
 from proxydet.reporting import SILENT, Progress
-from proxydet.runtime.modes import Mode
-from proxydet.runtime.report import environment
 from proxydet.wording import first_of
 
 _LOG = logging.getLogger(__name__)
@@ -557,7 +557,7 @@ def write_records(
     mode: Mode = "off"
     # Scoring a file needs no torch: then it is not imported to be asked about GPUs either.
     if with_torch := "torch" in sys.modules:
-        from proxydet.runtime.modes import current_mode
+        from proxydet.environment.modes import current_mode
 
         mode = current_mode()
     manifest = build_manifest(

@@ -54,7 +54,7 @@ def test_a_crop_lies_inside_and_is_never_larger_than_asked(
 
 @given(sides, sides)
 def test_test_size_equals_detectron2(h: int, w: int) -> None:
-    import proxydet.runtime.d2  # noqa: F401
+    import proxydet.environment.d2  # noqa: F401
 
     from detectron2.data.transforms import ResizeShortestEdge
 

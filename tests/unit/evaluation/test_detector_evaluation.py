@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 from proxydet.data.dataset import DatasetConfig
+from proxydet.environment.run_comparison import compare_runs
 from proxydet.errors import DataError, LockedError
 from proxydet.evaluation import detector_evaluation
 from proxydet.evaluation.config import EvaluationConfig
@@ -28,7 +29,6 @@ from proxydet.evaluation.evaluate import run_evaluation
 from proxydet.manifest import read_run_records
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import Prediction, masks, rles
-from proxydet.runtime.run_comparison import compare_runs
 from proxydet.training.distributed import DistInfo
 from proxydet.vocabulary.vocabulary import Vocabulary
 

@@ -244,9 +244,8 @@ def sweep(folder: Path, *, sole_writer: bool = False) -> None:
                 except OSError as error:
                     abandoned = any_age and error.errno in _NO_LOCKS
                 try:
-                    if (
-                        abandoned
-                    ):  # removed while it is locked, so that one who makes it just now notices
+                    # Removed while it is locked, so that one who makes it just now notices.
+                    if abandoned:
                         Path(entry.path).unlink()
                 finally:
                     os.close(descriptor)
@@ -583,9 +582,8 @@ class JsonLines:
                     if inside:
                         continue
                     try:
-                        record = (
-                            json.loads(piece) if begins else None
-                        )  # None: a line that is too long
+                        # None: a line that is too long.
+                        record = json.loads(piece) if begins else None
                     except (ValueError, RecursionError):
                         record = None
                     if isinstance(record, dict):
@@ -911,9 +909,8 @@ class Lock:
             try:
                 lease.acquire(blocking=False)
             except (Timeout, LeaseSettingsMismatch, FileNotFoundError):
-                self.path.parent.mkdir(
-                    parents=True, exist_ok=True
-                )  # its last holder may have removed it
+                # Its last holder may have removed it.
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 return False
             except OSError as error:
                 if error.errno not in _NO_LOCKS:

@@ -52,9 +52,8 @@ from proxydet.files import (
 )
 from proxydet.paths import list_checkpoints, models_folder
 
-if (
-    TYPE_CHECKING
-):  # torch takes seconds to import, and tables and the shapes in a download need none
+# Torch takes seconds to import, and tables and the shapes in a download need none.
+if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -303,9 +302,8 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
     try:
         if not path.is_file():
             name = None
-            with contextlib.suppress(
-                InputError
-            ):  # a damaged catalogue has no say in which file is missing
+            # A damaged catalogue has no say in which file is missing.
+            with contextlib.suppress(InputError):
                 name = None if path.exists() else Catalogue.load().name_of_source(path)
             fetched = path.absolute().is_relative_to(models_folder().absolute())
             raise CheckpointError(
@@ -331,9 +329,8 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
             hint="take the file from its publisher, or save its state dict alone with torch.save",
             path=path,
         ) from error
-    except (
-        Exception
-    ) as error:  # damage makes zipfile, pickletools, torch and safetensors raise of every kind
+    # Damage makes zipfile, pickletools, torch and safetensors raise of every kind.
+    except Exception as error:
         reason = str(error).partition("\n")[0].rstrip(".")[:300]
         senseless = (LookupError, TypeError, AttributeError, RecursionError)
         if isinstance(error, OSError) and error.errno in _UNREADABLE:

@@ -168,9 +168,8 @@ class Tar:
                     raise bounds.too_large(self.path, times=_MOST_TIMES)
                 self._left = member.size if member.isreg() else 0
                 yield member
-            if (
-                self._last.count(0) != tarfile.BLOCKSIZE
-            ):  # the library takes a damaged header for the end
+            # The library takes a damaged header for the end.
+            if self._last.count(0) != tarfile.BLOCKSIZE:
                 raise ValueError(f"it is truncated or damaged at byte {self._at}")
             self._headers = 0
             while self._take(_CHUNK):  # so that the check sum of the compression is checked

@@ -13,6 +13,7 @@ from proxydet.artifacts.catalogue import Artifact, Content
 from proxydet.errors import ArchiveError, CheckpointError
 from proxydet.wording import counted
 
+# Made again from the vocabulary or the sizes, or not used.
 _MAY_BE_MISSING = (
     ".freq_weight",
     ".zs_weight",
@@ -20,7 +21,7 @@ _MAY_BE_MISSING = (
     ".relative_position_index",
     ".base.fc.weight",
     ".base.fc.bias",
-)  # made again from the vocabulary or the sizes, or not used
+)
 _IMAGES = (".jpeg", ".jpg", ".png")
 
 

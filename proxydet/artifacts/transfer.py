@@ -240,9 +240,8 @@ class PartFile:
 
     def _catch_up(self) -> None:
         with self._following:
-            goal = (
-                self.record.frontier
-            )  # what comes meanwhile is for the next time: the record is due
+            # What comes meanwhile is for the next time: the record is due.
+            goal = self.record.frontier
             while count := min(goal - self._digested, _BLOCK):
                 if self._stop.is_set() or self._closed.is_set():
                     raise StoppedError

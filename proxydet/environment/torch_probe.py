@@ -143,9 +143,8 @@ def half_speed(precision: str, device: str = "cpu") -> float:
     with torch.inference_mode():
         for side in _SIDES.get(device, ()):
             ratio = seconds(side, torch.float32) / max(seconds(side, half), 1e-9)
-            if (
-                ratio < 0.2
-            ):  # small products of a device that has units may cost more to begin than to compute
+            # Small products of a device that has units may cost more to begin than to compute.
+            if ratio < 0.2:
                 break
     return ratio
 

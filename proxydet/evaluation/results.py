@@ -659,9 +659,8 @@ class _Reading:
         kept_D: NDArray[np.bool_],
     ) -> None:
         """Count boxes that reach out of their image by more than a pixel."""
-        x_D, y_D, width_D, height_D = (
-            box_D4.T
-        )  # by columns: numpy reduces along rows of four slowly
+        # By columns: numpy reduces along rows of four slowly.
+        x_D, y_D, width_D, height_D = box_D4.T
         out_D = (x_D < -_TOLERANCE_PIXELS) | (y_D < -_TOLERANCE_PIXELS)
         out_D |= x_D + width_D > size_D2[:, 1] + _TOLERANCE_PIXELS
         out_D |= y_D + height_D > size_D2[:, 0] + _TOLERANCE_PIXELS

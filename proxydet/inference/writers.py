@@ -472,9 +472,8 @@ class _DataSet(Writer):
                 image.unlink(missing_ok=True)
                 image.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
             elif not image.exists() or not image.samefile(result.file):
-                image.unlink(
-                    missing_ok=True
-                )  # never written into: it may be a link to another photograph
+                # Never written into: it may be a link to another photograph.
+                image.unlink(missing_ok=True)
                 try:
                     os.link(result.file.resolve(), image)
                 except OSError:

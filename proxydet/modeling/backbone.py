@@ -672,9 +672,8 @@ def _timm_backbone(config: BackboneConfig, levels: Sequence[int]) -> LevelBackbo
         try:
             with torch.device("meta"):  # only its strides are asked for
                 info = create().feature_info
-        except (
-            NotImplementedError
-        ):  # a layer computes a value when it is made, which the meta device has not
+        # A layer computes a value when it is made, which the meta device has not.
+        except NotImplementedError:
             info = create().feature_info
         places = indices_of_levels(info.reduction(), levels, what)
         # Later stages than those that are used are not made.

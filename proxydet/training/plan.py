@@ -745,9 +745,8 @@ def device_speed(
     for precision in precisions:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32"):
             operations[precision] = convolutions(precision, 1, 16, 0.0)
-            if (
-                operations[precision] > _FAST
-            ):  # where 16 bits are emulated, a large one takes minutes
+            # Where 16 bits are emulated, a large one takes minutes.
+            if operations[precision] > _FAST:
                 operations[precision] = convolutions(precision, 2, 64, _PROBE_SECONDS)
     large = torch.zeros(_PROBE_BYTES // 4, device=device)
     other = torch.empty_like(large)

@@ -108,6 +108,7 @@ def test_options_named_in_the_documentation_exist():
     known |= {"--help", "--version", "--verbose"}
     known |= {"--no-deps", "--require-hashes"}  # pip
     known |= {"--build-arg", "--rm", "--user"}  # docker
+    # SLURM
     known |= {
         "--array",
         "--cpus-per-task",
@@ -116,7 +117,7 @@ def test_options_named_in_the_documentation_exist():
         "--nodes",
         "--ntasks",
         "--ntasks-per-node",
-    }  # SLURM
+    }
     known |= {"--requeue", "--kill-on-bad-exit", "--signal", "--data-binary"}  # SLURM, and curl
     for page in [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")]:
         if page.name != "commands.md":

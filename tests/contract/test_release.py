@@ -184,9 +184,8 @@ def test_files_named_in_pages_exist():
 
 def test_citation_names_this_version_and_the_paper():
     content = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
-    assert {"cff-version", "message", "title", "authors"} <= set(
-        content
-    )  # what the format requires
+    # What the format requires.
+    assert {"cff-version", "message", "title", "authors"} <= set(content)
     assert (content["version"], content["license"]) == (__version__, PROJECT["license"])
     paper = content["preferred-citation"]
     assert paper["url"] == PROJECT["urls"]["Paper"]

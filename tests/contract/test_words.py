@@ -72,9 +72,8 @@ def test_code_uses_the_words_of_the_field(trees):
         for path, tree in trees.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value
-        for word in found_words(
-            prose(node.value).replace("-F picture=", "")
-        )  # a field of the server
+        # A field of the server.
+        for word in found_words(prose(node.value).replace("-F picture=", ""))
     ]
     assert found == []
 

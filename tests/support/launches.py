@@ -61,9 +61,8 @@ def r50() -> ProxyDetNetwork:
     network = tiny.lively(tiny.network(config, classes=CLASSES))
     with torch.no_grad():
         for predictor in network.roi_heads.box_predictor:
-            predictor.bbox_pred[2].weight.mul_(
-                0.01
-            )  # so that objects stay objects from step to step
+            # So that objects stay objects from step to step.
+            predictor.bbox_pred[2].weight.mul_(0.01)
     return network
 
 

@@ -325,9 +325,8 @@ class PretendedGpu:
         func(_values(target), _values(source))
         if not isinstance(target, GpuTensor):
             self.download("copy to the host")
-        elif (
-            isinstance(source, GpuTensor) or source.dim() == 0
-        ):  # a kernel takes a scalar as an argument
+        # A kernel takes a scalar as an argument.
+        elif isinstance(source, GpuTensor) or source.dim() == 0:
             self.launch("copy_")
         else:
             self.upload(blocking=not non_blocking)

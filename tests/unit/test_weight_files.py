@@ -160,9 +160,8 @@ def test_a_flipped_bit_never_loads_other_values(tmp_path, kind):
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[name], value) for name, value in tensors.items())
     assert refused > (190 if kind == "final" else 60)
-    if (
-        kind == "final"
-    ):  # damage to a name in the metadata, and to a weight: not a file without a digest
+    # Damage to a name in the metadata, and to a weight: not a file without a digest.
+    if kind == "final":
         for name in (b'"proxydet"', b'"sha256"'):
             path.write_bytes(whole[:-1].replace(name, name[:-2] + b'x"') + bytes([whole[-1] ^ 1]))
             with pytest.raises(CheckpointError, match="SHA-256"):

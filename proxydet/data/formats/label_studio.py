@@ -252,9 +252,8 @@ def decode_brush(values: object, size: tuple[int, int]) -> npt.NDArray[np.bool_]
         if take(32) != 4 * pixels or take(5) + 1 != _WORD:
             return None
         lengths = [take(4) + 1 for _ in range(4)]
-        mask_HW = np.zeros(
-            pixels, dtype=np.bool_
-        )  # of the four values of a pixel only the last counts
+        # Of the four values of a pixel only the last counts.
+        mask_HW = np.zeros(pixels, dtype=np.bool_)
         at = blocks = 0
         while at < 4 * pixels:
             blocks += 1

@@ -59,12 +59,10 @@ class Served:
     range_shift: int = 0  # serve other bytes than those asked for, saying so
     pause: float = 0.0  # seconds before each block
     together: int = 1  # send nothing before so many have asked
-    answers: list[tuple[int, dict[str, str]]] = field(
-        default_factory=list
-    )  # given first, one a request
-    versions: list[tuple[bytes, str | None]] = field(
-        default_factory=list
-    )  # body and ETag of the next requests
+    # Given first, one a request.
+    answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    # Body and ETag of the next requests.
+    versions: list[tuple[bytes, str | None]] = field(default_factory=list)
     most_at_once: int | None = None  # answer 503 beyond so many connections
     cookie: str | None = None  # answer with a page unless the request has it
     page: bytes = b""
@@ -73,9 +71,8 @@ class Served:
         None  # given what writes
     )
     more_headers: dict[str, str] = field(default_factory=dict)
-    later: dict[int, dict[str, object]] = field(
-        default_factory=dict
-    )  # from the n-th request on, behave so
+    # From the n-th request on, behave so.
+    later: dict[int, dict[str, object]] = field(default_factory=dict)
     requests: list[dict[str, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     sent: int = 0

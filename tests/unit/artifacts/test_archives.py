@@ -375,9 +375,8 @@ class TestDamage:
         with pytest.raises(ArchiveError, match="photos/a"):
             place.unpack(suffix, MAKERS[suffix](two))
 
-    @pytest.mark.parametrize(
-        "kind", ["stored zip", "zip", "tar.gz"]
-    )  # a tar alone has no check sums
+    # A tar alone has no check sums.
+    @pytest.mark.parametrize("kind", ["stored zip", "zip", "tar.gz"])
     def test_a_byte(self, place, kind) -> None:
         suffix, data = KINDS[kind]
         damaged = bytearray(data)

@@ -101,9 +101,8 @@ def test_no_detection_is_all_missed():
 @pytest.mark.parametrize("seed", range(12))
 def test_kinds_of_errors_are_those_of_a_plain_loop(make_set, seed):
     truth, detections = make_set(seed, images=6, per_image=25, federated=False)
-    for index, row in enumerate(
-        detections
-    ):  # no two scores alike: their order would be a matter of taste
+    # No two scores alike: their order would be a matter of taste.
+    for index, row in enumerate(detections):
         row["score"] = (index + 1) / (len(detections) + 1)
         del row["segmentation"]
     evaluation = evaluated(truth, detections)

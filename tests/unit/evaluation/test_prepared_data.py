@@ -189,9 +189,8 @@ def test_base_classes_for_the_fusion_are_those_near_a_base_class_of_lvis(here, n
     found = fusion_vocabulary(
         DescribedSplit.open(here / f"{name}.toml").data.vocabulary, trained
     ).base
-    if (
-        name == "lvis"
-    ):  # the classes of training keep their marks, however near a rare class is to a base class
+    # The classes of training keep their marks, however near a rare class is to a base class.
+    if name == "lvis":
         np.testing.assert_array_equal(found, base)
         return
     tables = [np.load(here / "metadata" / EMBEDDINGS[key]).astype(float) for key in (name, "lvis")]

@@ -25,9 +25,8 @@ def seen(row: int, count: int, seed: int = 0) -> np.ndarray:
     """Regions of a class: (N, D)."""
     rng = np.random.default_rng([row, seed])
     noise_ND = rng.normal(size=(count, D)) * np.linspace(0.05, 0.3, D)
-    noise_ND += (
-        rng.normal(size=(count, 3)) @ AXES[8:11]
-    )  # light, pose: as large as what tells classes apart
+    # Light, pose: as large as what tells classes apart.
+    noise_ND += rng.normal(size=(count, 3)) @ AXES[8:11]
     regions_ND = COMMON + TEXTS[row] * np.linspace(1.5, 0.5, D) + noise_ND
     return regions_ND / np.linalg.norm(regions_ND, axis=1, keepdims=True)
 

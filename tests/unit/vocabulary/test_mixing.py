@@ -55,9 +55,8 @@ def test_other_classes_are_named_and_joined_where_asked():
     assert "--union" in str(caught.value.hint)
     made = mix({"A": first, "B": second}, union=True).vocabulary
     assert made.names == tuple(NAMES)
-    np.testing.assert_array_equal(
-        made.embeddings[:2], first.embeddings[:2]
-    )  # of one table: as they are
+    # Of one table: as they are.
+    np.testing.assert_array_equal(made.embeddings[:2], first.embeddings[:2])
     np.testing.assert_array_equal(made.bias, [float(10 <= i < 12) for i in range(20)])
     lone = mix({"A": first.subset(NAMES[:2]), "B": second.subset(NAMES[12:])}, union=True)
     assert "not tested" in lone.notes[0]

@@ -4,7 +4,8 @@
 
     python benchmarks/model_speed.py [inference|variants|boxes|labels] [--threads 2] [--rounds 5] [--clock wall|cpu]
 
-``inference``: one 480x640 image, 300 detections, masks pasted and encoded; ``--score-threshold`` for fewer. Also the floor, which is
+``inference``: one 480x640 image, 300 detections, masks pasted and encoded; fewer with ``--score-threshold`` or ``--detections``,
+each on a region of its own with ``--one-label``; ``--precision bf16`` where the CPU has units for it. Also the floor, which is
 the time within convolutions and matrix products, its share of the network's time, and the regions that detections come from.
 ``variants``: the same in turn with a mask predicted, pasted and encoded for every detection (as detectron2 does) and once for
 each distinct box, at thresholds 0.02 and 0.3; checks that detections and masks are equal. ``boxes``: 2 images of 416x416 with objects.
@@ -178,7 +179,7 @@ def inference(
     network: ProxyDetNetwork, stopwatch: Stopwatch, settings: InferenceConfig
 ) -> Callable[[], None]:
     """Return one round of inference, its parts watched."""
-    network = network.for_inference(torch.device("cpu")).prepared()
+    network = network.for_inference(torch.device("cpu")).prepared(settings.precision)
     heads, image = network.roi_heads, noise(480, 640, 0)
     stopwatch.watch(network, "_features", "backbone")
     stopwatch.watch(network.proposal_generator, "forward", "proposals")
@@ -236,6 +237,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--score-threshold", type=float, default=0.02)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--detections", type=int, default=300)
+    parser.add_argument("--one-label", action="store_true", help="one label a box, as predict")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     network = network_of("r50", base_classes(TRIMMED))
@@ -247,9 +251,13 @@ def main() -> None:
         return
     stopwatch = Stopwatch(CLOCKS[arguments.clock])
     if arguments.what == "inference":
-        run = inference(
-            network, stopwatch, InferenceConfig(score_threshold=arguments.score_threshold)
+        settings = InferenceConfig(
+            score_threshold=arguments.score_threshold,
+            precision=arguments.precision,
+            max_detections=arguments.detections,
+            agnostic_nms=arguments.one_label,
         )
+        run = inference(network, stopwatch, settings)
     else:
         batch = box_batch() if arguments.what == "boxes" else label_batch()
         run = training(network, batch, stopwatch)

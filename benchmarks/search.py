@@ -32,7 +32,7 @@ from proxydet.detector import Detector
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.detector_evaluation import evaluate_index, evaluate_split
 from proxydet.evaluation.split import DescribedSplit
-from proxydet.index.build import index_images
+from proxydet.index.build import index_images, largest_part
 from proxydet.index.search import RegionIndex
 from proxydet.index.store import IndexWriter, StoredIndex, paths_of, read_words, write_part
 from proxydet.inference.jobs import predict_files
@@ -53,15 +53,17 @@ def timed(work: Any, repeats: int = 7) -> float:
 
 
 def multiplied(source: Path, target: Path, regions: int) -> RegionIndex:
-    """Make an index of as many regions, each a region of another index with noise."""
+    """Make an index of as many regions, each a region of another index with noise, in parts as large as `index_images` makes them."""
     stored = StoredIndex(source)
     draw = np.random.default_rng(0)
+    largest = largest_part(stored.detector)
     count, written = 0, []
     with IndexWriter(target, stored.detector, read_words(source)) as writer:
         while count < regions:
             for part in stored.parts:
-                arrays = dict(part.arrays)
-                for name, own in part.arrays.items():
+                rows = np.arange(largest) % part.record.images
+                arrays = part.subset(rows)
+                for name, own in list(arrays.items()):
                     if name.startswith("embeddings_"):
                         values = own.astype(np.float32)
                         noise = draw.standard_normal(own.shape, np.float32)
@@ -73,9 +75,11 @@ def multiplied(source: Path, target: Path, regions: int) -> RegionIndex:
                                 np.linalg.norm(v, axis=1, keepdims=True) for v in (values, moved)
                             )
                             arrays[name] = moved * length / now
-                paths = [f"{part.path_of(row)}.{count}" for row in range(part.record.images)]
+                paths = [f"{part.path_of(row)}.{count}.{n}" for n, row in enumerate(rows.tolist())]
                 written.append(write_part(target, arrays | paths_of(paths)))
-                count += part.record.regions
+                count += written[-1].regions
+                if count >= regions:
+                    break
         writer.commit(written)
     return RegionIndex(target)
 

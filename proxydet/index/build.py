@@ -466,15 +466,12 @@ def open_addition(
             with IndexWriter(path, wait=True) as writer:
                 writer.copy(copies)
 
-    bytes_each = (detector.most_regions or _MOST_REGIONS) * (
-        4 * detector.dimension * len(detector.classifiers) + 20
-    )
     return open_job(
         path / ADDING,
         sources,
         identity={"detector": detector.weights},
         parts=IndexParts(detector),
-        largest=max(min(_PART_BYTES // bytes_each, LARGEST_PART), 1),
+        largest=largest_part(detector),
         stdin=stdin,
         choose=choose,
         # One that comes when the others have ended plans what could not be read: nothing that it should leave behind.
@@ -482,6 +479,14 @@ def open_addition(
         hint=f"run it to its end first; or add these images without --shard, which takes what it has finished into {path}",
         progress=progress,
     )
+
+
+def largest_part(detector: IndexedDetector) -> int:
+    """Return how many images a part of an index takes at most."""
+    bytes_each = (detector.most_regions or _MOST_REGIONS) * (
+        4 * detector.dimension * len(detector.classifiers) + 20
+    )
+    return max(min(_PART_BYTES // bytes_each, LARGEST_PART), 1)
 
 
 def finish_addition(path: Path, job: Job | None = None) -> None:

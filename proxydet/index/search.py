@@ -37,6 +37,7 @@ from proxydet.modeling.postprocess import (
     ClassText,
     Prediction,
     assemble_predictions,
+    best_scores_above,
     class_scores,
     detect_classes,
 )
@@ -50,7 +51,7 @@ from proxydet.wording import first_line
 
 # Scores, and rounded or stored values, that are in memory at once.
 _SCORES_AT_ONCE = 2**21
-_REGIONS_AT_ONCE = 2**14
+_REGIONS_AT_ONCE = 2**15
 # The scan multiplies in another order than the detector; what may be above the threshold is scored again.
 _MARGIN = 1e-4
 _IMAGES_AT_ONCE = 64
@@ -598,11 +599,11 @@ def _scan(
             stored = part.embeddings(slice(start, start + step))
         else:
             stored = part.embeddings(near_K[start : start + step][None])
-        scores_NC = class_scores(stored, classes, _as_modules(part), settings)
-        best_N = scores_NC.masked_fill_(scores_NC <= threshold_C, -1.0).amax(dim=1)
-        above_K = (best_N >= 0).nonzero()[:, 0]
+        above_K, best_K = best_scores_above(
+            stored, classes, _as_modules(part), settings, threshold_C
+        )
         regions.append(above_K + start if near_K is None else near_K[start + above_K])
-        scores.append(best_N[above_K])
+        scores.append(best_K)
     return torch.cat(regions), torch.cat(scores)
 
 

@@ -10,6 +10,7 @@ original image, h and w a window of it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ _MASK_THRESHOLD = 0.5
 _NEVER = -1.0
 # Of more pairs than one in so many, computing all scores is faster than choosing pairs first.
 _FEW = 8
+_SAFE = 0.999  # a bound that much lower leaves out nothing by rounding
 # Power of the overlap with which proposals count for each other.
 _AGREEMENT = 6
 # Pixels that are sampled at once, 13 bytes each (a cache of a CPU; 218 MB of another device, which pays for each launch), and
@@ -550,6 +552,59 @@ def class_scores(
     return scorer.scores(slice(0, classes.text_DC.shape[1]))
 
 
+def best_scores_above(
+    regions: RegionEmbeddings,
+    classes: ClassText,
+    classifiers: list[ZeroShotClassifier],
+    settings: InferenceConfig,
+    threshold_C: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the regions of an image that score above the threshold of a class, and the best such score of each.
+
+    The scores are those of `class_scores`, without rescoring. Most regions are left out by the highest logit of the detection
+    branch's steps, before any sigmoid, and before the mixup branch's embeddings are read: that branch is a factor of at most 1.
+
+    Args:
+        regions: Embeddings of the regions of one image, or of many as one: N of them.
+        classes: The classes to score.
+        classifiers: As `detect_classes` takes them.
+        settings: Fusion weights.
+        threshold_C: For each class; infinite where it does not count.
+
+    Returns:
+        Places of the regions, ascending: int64 (K,); their scores: float32 (K,), in [0, 1].
+    """
+    first, *others = [
+        classifier.logits(values_1ND[0], classes.text_DC)
+        for classifier, values_1ND in zip(classifiers, regions.detection, strict=False)
+    ]
+    highest_NC = functools.reduce(torch.maximum, others, first)
+    if classes.bias_C is not None:
+        highest_NC += classes.bias_C
+    most = regions.proposal_scores_BR.amax().clamp(min=1e-12)
+    share_C = (_SAFE * threshold_C.clamp(min=0) ** 2 / most).clamp(max=1)
+    if regions.mixup_BRD is not None:
+        share_C = share_C.pow(1 / (1 - torch.where(classes.base_C, settings.alpha, settings.beta)))
+    region_K = (highest_NC > share_C.logit()).any(dim=1).nonzero()[:, 0]
+
+    def hopeful(values_1N: Tensor) -> Tensor:
+        return values_1N[:, region_K]
+
+    mixup = regions.mixup_BRD
+    kept = replace(
+        regions,
+        detection=tuple(hopeful(values_1ND) for values_1ND in regions.detection),
+        mixup_BRD=None if mixup is None else hopeful(mixup),
+        boxes_BR4=hopeful(regions.boxes_BR4),
+        proposal_scores_BR=hopeful(regions.proposal_scores_BR),
+        valid_BR=hopeful(regions.valid_BR),
+    )
+    scores_KC = class_scores(kept, classes, classifiers, settings)
+    best_K = scores_KC.masked_fill_(scores_KC <= threshold_C, _NEVER).amax(dim=1)
+    above = best_K > _NEVER
+    return region_K[above], best_K[above]
+
+
 def _embeddings(regions: RegionEmbeddings) -> list[Tensor]:
     mixup = [] if regions.mixup_BRD is None else [regions.mixup_BRD]
     return [*regions.detection, *mixup]
@@ -605,8 +660,7 @@ class _Scorer:
             highest_NC = torch.maximum(highest_NC, logits_NC)
         mixup = len(logits) > self._steps
         weight = self._weight_C.amax() if mixup else 0
-        # A little lower, so that rounding leaves out nothing.
-        share_N1 = 0.999 * torch.as_tensor(least).clamp(min=0) ** 2 / self._proposal_N1
+        share_N1 = _SAFE * torch.as_tensor(least).clamp(min=0) ** 2 / self._proposal_N1
         hopeful_NC = highest_NC > share_N1.clamp(max=1).pow(1 / (1 - weight)).logit()
         if hopeful_NC.count_nonzero() > hopeful_NC.numel() // _FEW:
             return self.scores(columns)

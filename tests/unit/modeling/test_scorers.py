@@ -11,7 +11,12 @@ import torch
 from proxydet.errors import VocabularyError
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.network import ImageView, ProxyDetNetwork
-from proxydet.modeling.postprocess import ClassText, class_scores, detect_classes
+from proxydet.modeling.postprocess import (
+    ClassText,
+    best_scores_above,
+    class_scores,
+    detect_classes,
+)
 
 LOW = InferenceConfig(score_threshold=0.0, masks=False, nms_iou=1.0, max_detections=10_000)
 
@@ -196,3 +201,24 @@ def test_given_boxes_are_embedded_as_they_are(network, tiny):
     assert scores.shape == (6, 6)
     with pytest.raises(ValueError, match="boxes of 2"):
         network.embed(images, boxes[:2])
+
+
+@pytest.mark.parametrize("mixup", [True, False])
+@pytest.mark.parametrize("general", [0.0, 0.1, 0.3, 1.0])
+def test_the_regions_above_a_threshold_are_those_of_all_scores(network, image, mixup, general):
+    regions = network.embed([image])
+    classifiers = network.classifiers()
+    if not mixup:
+        regions, classifiers = dataclasses.replace(regions, mixup_BRD=None), classifiers[:-1]
+    classes = ClassText(
+        text_DC=network.class_table().text_DC1[:, :-1],
+        base_C=network.base_C,
+        bias_C=torch.linspace(-1, 2, 6),
+    )
+    threshold_C = torch.tensor([general, torch.inf, *[general + 0.05] * 4])
+    scores_NC = class_scores(regions, classes, classifiers, LOW)
+    expected_N = scores_NC.masked_fill(scores_NC <= threshold_C, -1.0).amax(dim=1)
+    found_K, best_K = best_scores_above(regions, classes, classifiers, LOW, threshold_C)
+    assert found_K.tolist() == (expected_N >= 0).nonzero()[:, 0].tolist()
+    torch.testing.assert_close(best_K, expected_N[found_K], atol=1e-6, rtol=1e-5)
+    assert len(found_K) > 0 or general == 1.0

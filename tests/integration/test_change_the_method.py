@@ -156,13 +156,3 @@ def test_all_examples_in_two_processes_by_the_command(folder):
     done = command(folder, *words, "--gpus", "2")
     assert done.returncode == 0, done.stderr
     check_run(folder / "run")
-
-
-@pytest.mark.slow
-def test_a_misspelt_path_is_refused_before_processes_start(folder):
-    changed = settings(folder, **{"losses.criterion": "my_losses:GIoU"})
-    words = [word for item in changed for word in ("--set", item)]
-    done = command(folder, *words, "--gpus", "2")
-    assert done.returncode == 3
-    assert "losses.criterion" in done.stderr
-    assert not (folder / "run").exists()

@@ -431,21 +431,15 @@ def run_examples(
 
 
 @pytest.mark.parametrize("kind", ["boxes", "openimages", "voc"])
-def test_a_sound_set_is_sound_trained_and_scored(
-    commands: Commands, tmp_path: Path, kind: str
-) -> None:
+def test_a_sound_set_is_sound_trained_and_scored(commands, tmp_path, kind):
     check_and_compare(commands, tmp_path, sound(kind), lambda text: text)
     assert (tmp_path / "found" / "coco.json").is_file()
 
 
-def test_check_says_what_the_commands_do(
-    commands: Commands, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_check_says_what_the_commands_do(commands, tmp_path_factory):
     run_examples(commands, tmp_path_factory, 4)
 
 
 @pytest.mark.slow
-def test_check_says_what_the_commands_do_at_length(
-    commands: Commands, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_check_says_what_the_commands_do_at_length(commands, tmp_path_factory):
     run_examples(commands, tmp_path_factory, int(os.environ.get("PROXYDET_EXAMPLES", "300")))

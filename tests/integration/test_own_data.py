@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -35,9 +33,7 @@ def write_photographs(folder: Path, count: int) -> None:
         (folder / f"{index}.json").write_text(json.dumps(content))
 
 
-def test_an_export_is_trained_on_predicted_and_corrected(
-    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_is_trained_on_predicted_and_corrected(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
     write_photographs(tmp_path / "my fruit", 5)

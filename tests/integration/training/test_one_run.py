@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
-import torch
+from trainings import finish, records, same, start, wait_for
 
 from proxydet.recipes import resolve_config
 from proxydet.training.step import learning_rate_factor
@@ -37,72 +35,42 @@ class Trainings:
         processes: int = 1,
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> subprocess.Popen[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "proxydet_cli",
-            "train",
-            "--recipe",
-            "tiny",
-            "--device",
-            "cpu",
-        ]
+        command = ["-m", "proxydet_cli", "train", "--recipe", "tiny", "--device", "cpu"]
         command += ["--output", name] if name else []
         command += ["--gpus", str(processes)] if not environment else []
-        command += [*self._words, *words]
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
-        with process:
-            _, errors = process.communicate(timeout=900)
-        return process.returncode, errors
+        return start(*command, *self._words, *words, cwd=self.folder, environment=environment)
 
     def run(self, name: str, *words: str, processes: int = 1) -> str:
-        code, errors = self.finish(self.start(name, *words, processes=processes))
+        code, errors = finish(self.start(name, *words, processes=processes))
         assert code == 0, errors
         return errors
 
-    def until(self, name: str, step: int, *words: str, processes: int) -> str:
-        """Train until a step is recorded, and stop then."""
+    def until(
+        self, name: str, step: int, *words: str, processes: int, how: int = signal.SIGTERM
+    ) -> str:
+        """Train until a step is recorded, and stop then: the first process, with which the others end."""
         process = self.start(name, *words, processes=processes)
-        deadline = time.monotonic() + 600
-        while len(self.records(name)) < step:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        code, errors = self.finish(process)
-        assert code == 143, errors
+        wait_for(lambda: len(self.records(name)) >= step, process)
+        process.send_signal(how)
+        code, errors = finish(process)
+        assert code == (-9 if how == signal.SIGKILL else 128 + how), errors
+        assert not (self.folder / name / "model_final.pth").exists()
         return errors
 
     def records(self, name: str) -> list[dict]:
-        path = self.folder / name / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
         timeless = ("iteration", "images", "losses", "learning_rate")
-        steps = [record for record in map(json.loads, lines) if "losses" in record]
+        steps = [record for record in records(self.folder / name) if "losses" in record]
         return [{key: record[key] for key in timeless} for record in steps]
 
     def batches(self, name: str) -> list[tuple[int, str]]:
         """Return processes and iterations of a step from each record of a change."""
-        lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
+        lines = records(self.folder / name)
         changes = [line["batches"] for line in lines if "batches" in line]
         return [(change["processes"], change["step"]) for change in changes]
 
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
-        return torch.load(self.folder / name / "model_final.pth", weights_only=True)["model"]
-
     def same(self, one: str, other: str) -> bool:
-        left, right = self.weights(one), self.weights(other)
-        return self.records(one) == self.records(other) and all(
-            torch.equal(left[name], right[name]) for name in left
-        )
+        equal = self.records(one) == self.records(other)
+        return equal and same(self.folder / one, self.folder / other)
 
 
 @pytest.fixture
@@ -121,12 +89,23 @@ def trainings(drawn, tmp_path) -> Trainings:
     )
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_or_stopped_at_a_random_step_it_ends_bit_for_bit_the_same(trainings, processes):
+    sets = [item for item in trainings.sets if "data.workers" not in item]
+    trainings = Trainings(trainings.folder, [*sets, "data.workers=2", "training.scaling=none"])
+    trainings.run("whole", processes=processes)
+    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1):
+        trainings.until(how.name, random.randrange(1, 4), processes=processes, how=how)
+        trainings.run(how.name, processes=processes)
+        assert trainings.same("whole", how.name)
+
+
 @pytest.mark.parametrize(
     "second", [(), ("--set", "seed=8"), ("--resume", "never"), ("--overwrite",)], ids=" ".join
 )
 def test_of_two_trainings_at_once_one_wins_and_the_other_exits_at_once(trainings, second):
     both = [trainings.start("run"), trainings.start("run", *second)]
-    ended = [trainings.finish(process) for process in both]
+    ended = [finish(process) for process in both]
     codes = [code for code, _ in ended]
     assert sorted(codes) == [0, 5], ended
     loser = codes.index(5)
@@ -149,7 +128,7 @@ def test_tasks_of_srun_train_in_the_folder_that_the_first_one_chooses(trainings)
         tasks.append(
             trainings.start("", environment={name: str(value) for name, value in variables.items()})
         )
-    ended = [trainings.finish(task) for task in tasks]
+    ended = [finish(task) for task in tasks]
     assert [code for code, _ in ended] == [0, 0], ended
     assert [path.name for path in trainings.folder.glob("runs-*")] == ["runs-0"]
     manifest = json.loads((trainings.folder / "runs-0/tiny/manifest.json").read_text())

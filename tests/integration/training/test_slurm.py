@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from trainings import TOY, finish, same, start
 
 from proxydet.files import JsonLines
-
-TOY = Path(__file__).parents[2] / "unit/training/toy_run.py"
 
 pytestmark = pytest.mark.slow
 
@@ -133,18 +131,13 @@ def toy(folder: Path, *words: str) -> str:
     return shlex.join([sys.executable, str(TOY), str(folder), *words])
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
-
-
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The weights that two processes on one machine come to."""
+def two_processes(tmp_path_factory) -> Path:
+    """A training of two processes on one machine."""
     folder = tmp_path_factory.mktemp("alone")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TOY), str(folder), "--launch", "2"]
-    subprocess.run(command, check=True, timeout=600, env=environment)
-    return weights(folder)
+    code, errors = finish(start(TOY, folder, "--launch", "2"))
+    assert code == 0, errors
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -161,8 +154,7 @@ def test_one_training_of_two_processes(cluster, two_processes, tmp_path, script,
     job = cluster.submit(script.format(toy=toy(tmp_path)), *options)
     code, output = cluster.wait(job)
     assert code == 0, output
-    found = weights(tmp_path)
-    assert all(torch.equal(found[name], two_processes[name]) for name in two_processes)
+    assert same(tmp_path, two_processes)
 
 
 def test_a_script_on_two_nodes_without_srun_ends_at_once(cluster, tmp_path):

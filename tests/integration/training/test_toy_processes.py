@@ -12,47 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
-TOY = Path(__file__).parents[2] / "unit/training/toy_run.py"
+from trainings import TOY, final, finish, records, same, start, wait_for
 
 pytestmark = pytest.mark.slow
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(TOY), str(folder), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 900) -> tuple[int, str]:
-    with process:
-        _, errors = process.communicate(timeout=timeout)
-    return process.returncode, errors
-
-
 def run(folder: Path, *words: str) -> tuple[int, str]:
-    return finish(start(folder, *words))
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def final(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
-
-
-def same(first: Path, second: Path) -> bool:
-    left, right = final(first), final(second)
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
-
-
-def wait_for(condition, process: subprocess.Popen[str], timeout: float = 600) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    return finish(start(TOY, folder, *words))
 
 
 @pytest.mark.parametrize("unused", ["skip", "zero"])
@@ -127,7 +93,7 @@ def test_stopped_at_any_step_and_started_again_is_the_same_run(tmp_path, process
     words = ("--launch", str(processes), "--workers", "1", "--set", average)
     code, errors = run(tmp_path / "whole", *words)
     assert code == 0, errors
-    process = start(tmp_path / "cut", *words, "--pause", "0.1")
+    process = start(TOY, tmp_path / "cut", *words, "--pause", "0.1")
     wait_for(lambda: (tmp_path / "cut/checkpoints/step_0000004.pth").exists(), process)
     process.send_signal(number)
     code, _ = finish(process)
@@ -144,9 +110,9 @@ def test_stopped_at_any_step_and_started_again_is_the_same_run(tmp_path, process
 def test_two_machines_train_together_and_outlive_one_of_them(tmp_path):
     with_port = ("--nodes", "2", "--endpoint", "localhost:29571", "--pause", "0.2")
     words = (*with_port, "--set", json.dumps({"iterations": 30}))
-    first = start(tmp_path, *words)
+    first = start(TOY, tmp_path, *words)
     time.sleep(6)  # the first to come owns the meeting place
-    second = start(tmp_path, *words)
+    second = start(TOY, tmp_path, *words)
     wait_for((tmp_path / "checkpoints/step_0000008.pth").exists, first)
     children = subprocess.run(
         ["pgrep", "-P", str(second.pid)], capture_output=True, text=True, check=True
@@ -154,10 +120,23 @@ def test_two_machines_train_together_and_outlive_one_of_them(tmp_path):
     for pid in (second.pid, *map(int, children.stdout.split())):
         os.kill(pid, signal.SIGKILL)
     finish(second)
-    third = start(tmp_path, *words)
+    third = start(TOY, tmp_path, *words)
     code, errors = finish(first)
     assert code == 0, errors
     code, errors = finish(third)
     assert code == 0, errors
     assert records(tmp_path)[-1]["iteration"] == 30
     assert "Resuming after iteration" in (tmp_path / "logs/rank_0.log").read_text()
+
+
+def test_two_machines_that_share_a_network_and_a_folder_train_as_two_processes_of_one_do(
+    two_nodes, tmp_path
+):
+    words = [sys.executable, str(TOY), str(tmp_path / "apart")]
+    words += ["--nodes", "2", "--endpoint", "node-1:29400"]
+    for node in [two_nodes.start(name, words) for name in two_nodes.names]:
+        output, _ = node.communicate(timeout=600)
+        assert node.returncode == 0, output
+    code, errors = run(tmp_path / "alone", "--launch", "2")
+    assert code == 0, errors
+    assert same(tmp_path / "apart", tmp_path / "alone")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from trainings import final, records, same
 
-from proxydet.errors import ConfigError, DataError, ProxydetError
+from proxydet.errors import ProxydetError
 from proxydet.manifest import read_manifest, read_run_records
 from proxydet.recipes import RunConfig, resolve_config
 from proxydet.training.runfolder import RunFolder
@@ -25,18 +25,8 @@ def config(base: list[str], *more: str) -> RunConfig:
     return resolve_config("tiny", None, [*base, *more])
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
-
-
-def same(first: Path, second: Path) -> bool:
-    left, right = weights(first), weights(second)
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
-
-
 def losses(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["losses"] for line in lines]
+    return [record["losses"] for record in records(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +110,9 @@ def test_going_on_is_exact_with_other_numbers_of_workers(first, base, tmp_path):
     assert losses(first.folder) == losses(tmp_path)
 
 
-def test_a_folder_of_another_run_is_left_alone(first, base):
-    before = (first.folder / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match="seed: 7 there, 8 now"):
-        train(config(base, "seed=8"), output=first.folder)
-    with pytest.raises(ConfigError, match="already holds a run"):
-        train(config(base), output=first.folder, resume="never")
-    assert (first.folder / "config.yaml").read_text() == before
-
-
 def test_boxsup_weights_leave_the_mixup_branch_fresh(first, base, tmp_path):
     """The branch starts as a copy of the detection branch's fresh initialisation, not of its loaded weights."""
-    boxsup = {name: w for name, w in weights(first.folder).items() if "_cmm." not in name}
+    boxsup = {name: w for name, w in final(first.folder).items() if "_cmm." not in name}
     torch.save({"model": boxsup}, tmp_path / "boxsup.pth")
     frozen = [
         f"training.weights={tmp_path / 'boxsup.pth'}",
@@ -143,10 +124,10 @@ def test_boxsup_weights_leave_the_mixup_branch_fresh(first, base, tmp_path):
     copy.parent.mkdir(parents=True)
     copy.touch()
     train(config(base, *frozen), output=tmp_path / "run")
-    started = weights(tmp_path / "run")
+    started = final(tmp_path / "run")
     fresh_options = [item for item in frozen if "weights" not in item]
     train(config(base, *fresh_options), output=tmp_path / "fresh")
-    fresh = weights(tmp_path / "fresh")
+    fresh = final(tmp_path / "fresh")
     for name, weight in started.items():
         wanted = fresh[name] if "_cmm." in name else boxsup[name]
         torch.testing.assert_close(weight, wanted, rtol=0, atol=1e-9)
@@ -160,7 +141,7 @@ def test_boxsup_weights_leave_the_mixup_branch_fresh(first, base, tmp_path):
 def test_starting_weights_are_read_only_where_a_run_begins(first, base, tmp_path, caplog):
     """A run that is resumed has its own; the file that it began with may be gone."""
     start = tmp_path / "w.pth"
-    torch.save({"model": weights(first.folder)}, start)
+    torch.save({"model": final(first.folder)}, start)
     options = config(base, f"training.weights={start}", "training.iterations=4")
 
     def stop(*_: object) -> dict[str, float]:
@@ -183,7 +164,7 @@ def test_starting_weights_are_read_only_where_a_run_begins(first, base, tmp_path
 
 def test_parameters_that_never_learn_are_as_they_were(first, base):
     """The first steps of the mixup branch get no gradient, hence no weight decay either."""
-    moved = weights(first.folder)
+    moved = final(first.folder)
     name = "roi_heads.box_head_cmm.0.fc1.weight"
     from proxydet.modeling.network import ProxyDetNetwork
     from proxydet.training.step import seed_everything
@@ -194,11 +175,3 @@ def test_parameters_that_never_learn_are_as_they_were(first, base):
     assert torch.equal(moved[name], fresh[name])
     last = "roi_heads.box_head_cmm.2.fc1.weight"
     assert not torch.equal(moved[last], fresh[last])
-
-
-def test_without_data_or_with_wrong_data(tmp_path, base):
-    with pytest.raises(ConfigError, match=r"data\.description is not set"):
-        train(resolve_config("tiny"), output=tmp_path)
-    with pytest.raises(DataError, match="there is no dataset config"):
-        train(config(base, "data.description=absent.toml"), output=tmp_path)
-    assert not (tmp_path / "config.yaml").exists()

@@ -126,7 +126,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_everything_comes_out(place, kind) -> None:
+def test_everything_comes_out(place, kind):
     outcome = place.unpack(*KINDS[kind], Provided(path="photos", files=200))
     assert (outcome.status, outcome.note, outcome.path) == (
         "unpacked",
@@ -140,7 +140,7 @@ def test_everything_comes_out(place, kind) -> None:
 
 
 @pytest.mark.parametrize("kind", ["stored zip", "zip", "tar", "tar.gz"])
-def test_continues_where_it_was_interrupted(place, kind) -> None:
+def test_continues_where_it_was_interrupted(place, kind):
     complete = place.interrupt(*KINDS[kind], 0.7)
     assert len(complete) > 50
     place.unpack(*KINDS[kind])
@@ -150,14 +150,14 @@ def test_continues_where_it_was_interrupted(place, kind) -> None:
     assert not list(place.data.glob(".*"))
 
 
-def test_what_another_version_left_is_thrown_away(place) -> None:
+def test_what_another_version_left_is_thrown_away(place):
     other = {name: b"x" + data[1:] for name, data in FILES.items() if data}
     place.interrupt(".zip", zipped(other), 0.5)
     place.unpack(*KINDS["zip"])
     assert place.files() == FILES
 
 
-def test_a_kill_while_they_are_moved(place, monkeypatch) -> None:
+def test_a_kill_while_they_are_moved(place, monkeypatch):
     """All are unpacked, and some have their final place: nothing is unpacked again, or lost."""
     place.photos.mkdir(parents=True)
     (place.photos / "mine.jpg").write_bytes(b"mine")
@@ -181,14 +181,14 @@ def test_a_kill_while_they_are_moved(place, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("suffix", MAKERS)
-def test_a_name_that_is_a_file_and_a_folder(place, suffix) -> None:
+def test_a_name_that_is_a_file_and_a_folder(place, suffix):
     for files in ({"photos/a": b"1", "photos/a/b": b"2"}, {"photos/a/b": b"2", "photos/a": b"1"}):
         with pytest.raises(ArchiveError, match="photos/a"):
             place.unpack(suffix, MAKERS[suffix](files))
     assert place.files() == {}
 
 
-def test_files_of_others_in_the_folder_stay(place) -> None:
+def test_files_of_others_in_the_folder_stay(place):
     (place.data / "photos").mkdir(parents=True)
     (place.data / "photos" / "mine.jpg").write_bytes(b"mine")
     (place.data / "photos" / "001.jpg").write_bytes(b"half")
@@ -204,7 +204,7 @@ def test_files_of_others_in_the_folder_stay(place) -> None:
         (Provided(path="photos/001.jpg", size=38), "photos/001.jpg"),
     ],
 )
-def test_what_it_holds_must_be_what_the_catalogue_says(place, provides, message) -> None:
+def test_what_it_holds_must_be_what_the_catalogue_says(place, provides, message):
     with pytest.raises(ArchiveError, match=message):
         place.unpack(*KINDS["zip"], provides)
     assert not (place.data / "photos").exists()
@@ -217,7 +217,7 @@ NAMES = ["/etc/evil", "../evil", "photos/../../../evil", "photos/..", "a\\..\\ev
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar"])
 @pytest.mark.parametrize("name", NAMES)
-def test_names_that_lead_elsewhere(place, tmp_path, name, suffix) -> None:
+def test_names_that_lead_elsewhere(place, tmp_path, name, suffix):
     data = MAKERS[suffix]({"photos/good.jpg": b"x", name: b"evil"})
     with pytest.raises(ArchiveError):
         place.unpack(suffix, data)
@@ -226,7 +226,7 @@ def test_names_that_lead_elsewhere(place, tmp_path, name, suffix) -> None:
 
 
 @pytest.mark.parametrize("suffix", MAKERS)
-def test_the_deepest_name_that_is_accepted(place, suffix) -> None:
+def test_the_deepest_name_that_is_accepted(place, suffix):
     files = {"photos/" + "p/" * 30 + "x": b"1", "./photos/y": b"2"}
     place.unpack(suffix, MAKERS[suffix](files))
     assert set(place.files()) == {name.removeprefix("./") for name in files}
@@ -237,13 +237,13 @@ def test_the_deepest_name_that_is_accepted(place, suffix) -> None:
     [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE,
      tarfile.GNUTYPE_SPARSE, b"Z"],
 )  # fmt: skip
-def test_links_and_devices_in_tars(place, kind) -> None:
+def test_links_and_devices_in_tars(place, kind):
     with pytest.raises(ArchiveError, match="photos/x"):
         place.unpack(".tar", one_header(kind) + bytes(1024))
     assert place.files() == {}
 
 
-def test_a_sparse_file_in_the_newer_style(place) -> None:
+def test_a_sparse_file_in_the_newer_style(place):
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
         info = tarfile.TarInfo("photos/x")
@@ -253,7 +253,7 @@ def test_a_sparse_file_in_the_newer_style(place) -> None:
         place.unpack(".tar", stream.getvalue())
 
 
-def test_links_in_zips(place) -> None:
+def test_links_in_zips(place):
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         info = zipfile.ZipInfo("photos/link")
@@ -263,7 +263,7 @@ def test_links_in_zips(place) -> None:
         place.unpack(".zip", stream.getvalue())
 
 
-def test_an_encrypted_zip(place) -> None:
+def test_an_encrypted_zip(place):
     data = bytearray(zipped({"photos/a": b"x"}))
     data[6] |= 1
     data[data.rindex(b"PK\1\2") + 8] |= 1
@@ -272,27 +272,27 @@ def test_an_encrypted_zip(place) -> None:
 
 
 class TestBombs:
-    def test_a_tar_of_many_times_its_size(self, place, monkeypatch) -> None:
+    def test_a_tar_of_many_times_its_size(self, place, monkeypatch):
         monkeypatch.setattr("proxydet.files.SPARE_BYTES", 1 << 20)
         data = gzip.compress(tarred({"photos/zeros": bytes(4 << 20)}))
         with pytest.raises(ArchiveError, match="200"):
             place.unpack(".tar.gz", data)
 
-    def test_a_zip_of_many_times_its_size(self, place) -> None:
+    def test_a_zip_of_many_times_its_size(self, place):
         data = zipped({f"photos/{n}": bytes(20 << 20) for n in range(4)})
         assert len(data) < 100_000
         with pytest.raises(ArchiveError, match="200"):
             place.unpack(".zip", data)
         assert place.files() == {}
 
-    def test_what_follows_the_end_of_a_tar_counts_too(self, place, monkeypatch) -> None:
+    def test_what_follows_the_end_of_a_tar_counts_too(self, place, monkeypatch):
         monkeypatch.setattr("proxydet.files.SPARE_BYTES", 1 << 20)
         data = gzip.compress(tarred({"photos/a": b"x"}) + bytes(4 << 20))
         with pytest.raises(ArchiveError, match="200"):
             place.unpack(".tar.gz", data)
 
     @pytest.mark.parametrize("suffix", MAKERS)
-    def test_more_members_than_any_data_set_has(self, place, suffix, monkeypatch) -> None:
+    def test_more_members_than_any_data_set_has(self, place, suffix, monkeypatch):
         monkeypatch.setattr("proxydet.files.MOST_MEMBERS", 3)
         files = {f"photos/{n}": b"x" for n in range(3)}
         place.unpack(suffix, MAKERS[suffix](files))
@@ -301,7 +301,7 @@ class TestBombs:
             place.unpack(suffix, MAKERS[suffix](files | {"photos/3": b"x"}))
         assert place.files() == {}
 
-    def test_headers_without_end(self, place) -> None:
+    def test_headers_without_end(self, place):
         """A sparse file's map, compressed to nothing, that the library would hold in memory."""
         head = bytearray(one_header(tarfile.GNUTYPE_SPARSE))
         head[482] = 1  # more blocks of the map follow
@@ -312,19 +312,19 @@ class TestBombs:
         with pytest.raises(ArchiveError, match="headers"):
             place.unpack(".tar.gz", gzip.compress(bytes(head) + bytes(more) * 100_000))
 
-    def test_a_chain_of_extended_headers(self, place) -> None:
+    def test_a_chain_of_extended_headers(self, place):
         head = one_header(tarfile.GNUTYPE_LONGNAME, 512) + b"photos/x".ljust(512, b"\0")
         with pytest.raises(ArchiveError):
             place.unpack(".tar", head * 900)
 
-    def test_a_zips_table_of_contents_that_is_announced_too_long(self, place) -> None:
+    def test_a_zips_table_of_contents_that_is_announced_too_long(self, place):
         data = bytearray(zipped({"photos/a": b"x"}))
         end = data.rindex(b"PK\5\6")
         data[end + 12 : end + 16] = struct.pack("<I", 0xF0000000)
         with pytest.raises(ArchiveError):
             place.unpack(".zip", bytes(data))
 
-    def test_room_for_a_zip_is_checked_before_anything_is_written(self, place, monkeypatch) -> None:
+    def test_room_for_a_zip_is_checked_before_anything_is_written(self, place, monkeypatch):
         data = zipped({"photos/a": b"x" * 100_000, "photos/b": b"x" * 100_000})
         usage = shutil.disk_usage("/")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=199_999))
@@ -334,7 +334,7 @@ class TestBombs:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=200_000))
         place.unpack(".zip", data)
 
-    def test_members_that_overlap(self, place) -> None:
+    def test_members_that_overlap(self, place):
         """Two names for the same stored bytes, as zip bombs have millions of."""
         data = bytearray(zipped({"photos/a": b"x" * 99, "photos/b": b"x" * 99}, zipfile.ZIP_STORED))
         at = data.rindex(b"PK\1\2")
@@ -342,7 +342,7 @@ class TestBombs:
         with pytest.raises(ArchiveError):
             place.unpack(".zip", bytes(data))
 
-    def test_a_member_that_is_longer_than_announced(self, place) -> None:
+    def test_a_member_that_is_longer_than_announced(self, place):
         data = bytearray(zipped({"photos/a": b"x" * 100_000}))
         at = data.rindex(b"PK\1\2")
         data[at + 24 : at + 28] = struct.pack("<I", 10)
@@ -352,17 +352,17 @@ class TestBombs:
 
     @pytest.mark.parametrize("size", [1 << 30, (1 << 33) - 1])
     @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
-    def test_an_extended_header_of_a_gigabyte(self, place, kind, size) -> None:
+    def test_an_extended_header_of_a_gigabyte(self, place, kind, size):
         with pytest.raises(ArchiveError):
             place.unpack(".tar", one_header(kind, size) + bytes(4096))
 
-    def test_a_tar_member_of_a_quintillion_bytes(self, place) -> None:
+    def test_a_tar_member_of_a_quintillion_bytes(self, place):
         with pytest.raises(ArchiveError):
             place.unpack(".tar", one_header(size=1 << 60) + bytes(1024))
 
 
 class TestDamage:
-    def test_a_header_in_a_tar(self, place) -> None:
+    def test_a_header_in_a_tar(self, place):
         data = tarred({"photos/a": b"x", "photos/b": b"x"})
         for name in (b"photos/a", b"photos/b"):
             with pytest.raises(ArchiveError):
@@ -370,14 +370,14 @@ class TestDamage:
         assert place.files() == {}
 
     @pytest.mark.parametrize("suffix", MAKERS)
-    def test_the_same_name_twice(self, place, suffix) -> None:
+    def test_the_same_name_twice(self, place, suffix):
         two = {"photos/a": b"1", "./photos/a": b"2"}
         with pytest.raises(ArchiveError, match="photos/a"):
             place.unpack(suffix, MAKERS[suffix](two))
 
     # A tar alone has no check sums.
     @pytest.mark.parametrize("kind", ["stored zip", "zip", "tar.gz"])
-    def test_a_byte(self, place, kind) -> None:
+    def test_a_byte(self, place, kind):
         suffix, data = KINDS[kind]
         damaged = bytearray(data)
         damaged[len(data) // 2] ^= 0xFF
@@ -386,7 +386,7 @@ class TestDamage:
         assert not (place.data / "photos").exists()
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_a_cut(self, place, kind) -> None:
+    def test_a_cut(self, place, kind):
         suffix, data = KINDS[kind]
         end = len(data) - (15_000 if suffix == ".tar" else 15)
         for length in (0, 1, 100, 600, len(data) // 2, end):
@@ -394,7 +394,7 @@ class TestDamage:
                 place.unpack(suffix, data[:length])
         assert not (place.data / "photos").exists()
 
-    def test_a_signature_in_front_of_a_zips_member(self, place) -> None:
+    def test_a_signature_in_front_of_a_zips_member(self, place):
         data = bytearray(zipped({"photos/a": b"x" * 100}, zipfile.ZIP_STORED))
         data[0] ^= 8
         with pytest.raises(ArchiveError):
@@ -407,7 +407,7 @@ class TestDamage:
             st.tuples(st.integers(0, 4000), st.integers(1, 255)), min_size=1, max_size=20
         )
     )
-    def test_fuzzed_archives_end_in_files_or_in_clear_errors(self, place, suffix, flips) -> None:
+    def test_fuzzed_archives_end_in_files_or_in_clear_errors(self, place, suffix, flips):
         damaged = bytearray(MAKERS[suffix]({f"photos/{n}": bytes([n]) * 90 for n in range(6)}))
         for at, change in flips:
             damaged[at % len(damaged)] ^= change
@@ -419,7 +419,7 @@ class TestDamage:
         shutil.rmtree(place.data.parent)
 
 
-def test_long_names(place) -> None:
+def test_long_names(place):
     name = "photos/" + "/".join(["d" * 60] * 3) + "/x"
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         place.unpack(".tar", tarred({name: b"abc"}, form))

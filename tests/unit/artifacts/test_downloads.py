@@ -372,7 +372,7 @@ class TestVerify:
         by_hand(root, 30)
         assert downloads.verify(packed(photos()))["set"].status == "unproven"
 
-    def test_files_placed_by_hand_that_are_not_all_there(self, downloads, root, packed) -> None:
+    def test_files_placed_by_hand_that_are_not_all_there(self, downloads, root, packed):
         """Verification and a plan give the same answer."""
         by_hand(root, 29)
         found = downloads.verify(packed(photos()))["set"]

@@ -11,7 +11,6 @@ import time
 
 import pytest
 
-from proxydet.artifacts import Content
 from proxydet.errors import DiskFullError, TransferError
 
 HEAD = b'HTTP/1.1 200 OK\r\nETag: "v"\r\n'
@@ -281,11 +280,3 @@ def test_ctrl_c_within_three_seconds_in_each_of_them(server, tmp_path, kinds):
         assert "Traceback" not in err
     logging.getLogger(__name__).info("seconds to the end: %s", seconds)
     assert max(seconds.values()) < 3, seconds
-
-
-def test_content_that_is_checked_is_not_read_without_end(fetch, server):
-    fetch.set(largest_unannounced=200_000)
-    chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
-    server.add("/f", raw=after(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", flood(chunk)))
-    with pytest.raises(TransferError):
-        fetch("/f", content=Content(kind="tensors"))

@@ -80,6 +80,9 @@ def start(server, tmp_path, body) -> Callable[..., subprocess.Popen[str]]:
     return begin
 
 
+FIFTY = [pytest.param(50, connections, marks=pytest.mark.slow) for connections in (1, 4)]
+
+
 def finish(process: subprocess.Popen[str]) -> str:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -117,16 +120,10 @@ def kill_at_random(
     assert server.files["/thing"].sent < len(body) + kills * max(2_000_000, connections * 450_000)
 
 
-@pytest.mark.parametrize("connections", [1, 3])
-def test_killed_and_resumed(start, server, tmp_path, body, connections):
-    kill_at_random(start, server, tmp_path, body, 2, connections, pinned=connections == 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("connections", [1, 4])
 @pytest.mark.parametrize("pinned", [True, False])
-def test_killed_fifty_times_and_resumed(start, server, tmp_path, body, connections, pinned):
-    kill_at_random(start, server, tmp_path, body, 50, connections, pinned=pinned)
+@pytest.mark.parametrize(("times", "connections"), [(2, 1), (2, 3), *FIFTY])
+def test_killed_and_resumed(start, server, tmp_path, body, times, connections, pinned):
+    kill_at_random(start, server, tmp_path, body, times, connections, pinned=pinned)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])

@@ -71,12 +71,6 @@ def test_resumes_where_it_broke_off(fetch, server, body):
     assert served.sent == len(body)
 
 
-def test_a_drop_at_every_few_bytes_still_ends(fetch, server, body):
-    server.add("/f", body[:40_000], drop_after=1_000)
-    fetch("/f")
-    done(fetch, body[:40_000])
-
-
 @pytest.mark.parametrize("heed", [True, False], ids=["heeds If-Range", "ignores If-Range"])
 def test_a_changed_file_is_taken_from_its_start(fetch, server, body, heed):
     new = body[::-1]

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
@@ -212,11 +211,6 @@ def test_closed_pipe_ends_quietly():
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(timeout=60) == 141
-
-
-def test_translate_keeps_our_errors():
-    error = errors.DataError("x", path=Path("y"))
-    assert failures.translate(error) is error
 
 
 @pytest.mark.parametrize("number", [errno.EEXIST, errno.ENOTDIR])

@@ -18,7 +18,7 @@ def described(path: Path) -> Dataset:
     return Dataset(config=DatasetConfig.from_toml(path))
 
 
-def test_annotated_images_are_drawn(small_set: Path) -> None:
+def test_annotated_images_are_drawn(small_set):
     request = PreviewRequest(count=20)
     images = preview_images(described(small_set), request)
     assert sorted(p.caption for p in images) == [
@@ -40,7 +40,7 @@ def test_annotated_images_are_drawn(small_set: Path) -> None:
     assert difference.max() > 60, "nothing was drawn"
 
 
-def test_images_of_one_class(small_set: Path) -> None:
+def test_images_of_one_class(small_set):
     request = PreviewRequest(class_name="dog")
     captions = [p.caption for p in preview_images(described(small_set), request)]
     assert sorted(captions) == ["3.png: 2 annotations", "4.png: 3 annotations"]
@@ -50,7 +50,7 @@ def test_images_of_one_class(small_set: Path) -> None:
         preview_images(described(small_set), PreviewRequest(split="val", class_name="bird"))
 
 
-def test_a_part_that_is_not_there_is_named_with_what_to_do(small_set: Path) -> None:
+def test_a_part_that_is_not_there_is_named_with_what_to_do(small_set):
     """Of annotations alone the hint does not speak of a dataset config."""
     alone = Dataset(config=open_config(small_set.parent / "train.json"))
     with pytest.raises(DataError, match=r"'train' .* val") as caught:
@@ -63,7 +63,7 @@ def test_a_part_that_is_not_there_is_named_with_what_to_do(small_set: Path) -> N
     assert "train" in (caught.value.hint or "")
 
 
-def test_masks_are_filled_polygons_and_run_lengths(small_set: Path) -> None:
+def test_masks_are_filled_polygons_and_run_lengths(small_set):
     from proxydet.data.preview import annotated_objects
 
     annotations = small_set.parent / "train.json"
@@ -83,7 +83,7 @@ def test_masks_are_filled_polygons_and_run_lengths(small_set: Path) -> None:
     assert abs(novel.mask_HW().sum() - area) < 0.25 * area
 
 
-def test_what_training_sees(small_set_with_labels: Path) -> None:
+def test_what_training_sees(small_set_with_labels):
     request = PreviewRequest(augmented=True, count=9)
     captions = [p.caption for p in preview_images(described(small_set_with_labels), request)]
     assert len(captions) == 9
@@ -91,14 +91,14 @@ def test_what_training_sees(small_set_with_labels: Path) -> None:
     assert any("tar/" in caption and caption.endswith((": dog", ": bird")) for caption in captions)
 
 
-def test_what_training_sees_of_boxes_without_masks(small_set: Path) -> None:
+def test_what_training_sees_of_boxes_without_masks(small_set):
     annotations = small_set.parent / "train.json"
     annotations.write_text(annotations.read_text().replace('"segmentation"', '"outline"'))
     images = preview_images(described(small_set), PreviewRequest(augmented=True, count=6))
     assert any(" object" in image.caption for image in images)
 
 
-def test_a_sheet_or_a_page_is_written(small_set: Path, tmp_path: Path) -> None:
+def test_a_sheet_or_a_page_is_written(small_set, tmp_path):
     sheet = write_preview(described(small_set), tmp_path / "out" / "s.png", PreviewRequest(count=3))
     with Image.open(sheet) as image:
         assert image.width > 1000
@@ -114,7 +114,7 @@ def test_a_sheet_or_a_page_is_written(small_set: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("choice", [{"split": "val"}, {"class_name": "dog"}])
-def test_what_training_sees_is_not_chosen(choice) -> None:
+def test_what_training_sees_is_not_chosen(choice):
     with pytest.raises(ConfigError, match="--augmented"):
         PreviewRequest(augmented=True, **choice)
 
@@ -129,7 +129,7 @@ def test_the_page_of_annotations_alone_names_no_command_that_needs_embeddings(sm
     assert "proxydet eval" not in page
 
 
-def test_the_page_goes_on_with_the_description_itself(small_set: Path, tmp_path: Path) -> None:
+def test_the_page_goes_on_with_the_description_itself(small_set, tmp_path):
     folder = small_set.parent
     named = folder / "my set.toml"
     text = small_set.read_text()

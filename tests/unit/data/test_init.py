@@ -113,7 +113,7 @@ def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("kind", SPLIT)
-def test_parts_are_taken_as_found(kind: str, tmp_path: Path) -> None:
+def test_parts_are_taken_as_found(kind, tmp_path):
     SPLIT[kind](tmp_path / "my pets")
     report = init_dataset(Path("my pets"), closed=True)
     assert report.config == Path("my-pets.toml")
@@ -129,7 +129,7 @@ def test_parts_are_taken_as_found(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["COCO JSON", *WRITERS])
-def test_what_is_not_split_is_split_by_a_seed(kind: str, tmp_path: Path) -> None:
+def test_what_is_not_split_is_split_by_a_seed(kind, tmp_path):
     write = write_coco if kind == "COCO JSON" else WRITERS[kind]
     write(tmp_path / "export", "abc")
     report = init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
@@ -147,7 +147,7 @@ def test_what_is_not_split_is_split_by_a_seed(kind: str, tmp_path: Path) -> None
     assert checked.sound, checked.findings
 
 
-def test_a_split_leaves_every_class_in_both_parts_where_it_can(tmp_path: Path) -> None:
+def test_a_split_leaves_every_class_in_both_parts_where_it_can(tmp_path):
     path = write_coco(tmp_path / "export", "b")
     content = json.loads(path.read_text())
     for number in range(20):  # two of them with the second class
@@ -170,7 +170,7 @@ def test_a_split_leaves_every_class_in_both_parts_where_it_can(tmp_path: Path) -
         assert both == [{0, 1}] * 2
 
 
-def test_a_test_part_is_named_and_evaluated_by_name(tmp_path: Path) -> None:
+def test_a_test_part_is_named_and_evaluated_by_name(tmp_path):
     write_yolo(tmp_path / "set", "ultralytics", {"train": "a", "val": "b", "test": "c"})
     report = init_dataset(tmp_path / "set", closed=True)
     assert list(report.parts) == ["train", "val", "test"]
@@ -179,7 +179,7 @@ def test_a_test_part_is_named_and_evaluated_by_name(tmp_path: Path) -> None:
     )
 
 
-def test_without_a_text_encoder_the_commands_say_how_to_get_one(tmp_path: Path) -> None:
+def test_without_a_text_encoder_the_commands_say_how_to_get_one(tmp_path):
     write_coco(tmp_path / "export", "abc")
     report = init_dataset(tmp_path / "export", Path("pets.toml"))
     assert report.embedded == ""
@@ -200,7 +200,7 @@ def test_without_a_text_encoder_the_commands_say_how_to_get_one(tmp_path: Path) 
     assert "vocab build" in checked.findings[-1].advice
 
 
-def test_published_embeddings_serve_where_they_have_all_names(tmp_path: Path) -> None:
+def test_published_embeddings_serve_where_they_have_all_names(tmp_path):
     from proxydet.vocabulary.sources import published_vocabulary
 
     table = np.random.default_rng(0).normal(size=(80, 512)).astype(np.float16)
@@ -216,7 +216,7 @@ def test_published_embeddings_serve_where_they_have_all_names(tmp_path: Path) ->
     assert np.array_equal(vocabulary.embeddings, known.embeddings[rows])
 
 
-def test_images_elsewhere_are_named(tmp_path: Path) -> None:
+def test_images_elsewhere_are_named(tmp_path):
     path = write_coco(tmp_path / "export", "abc")
     (tmp_path / "photos").mkdir()
     for image in (tmp_path / "export").glob("*.jpg"):
@@ -230,7 +230,7 @@ def test_images_elsewhere_are_named(tmp_path: Path) -> None:
     assert check_path(report.config)[0].sound
 
 
-def test_parts_of_a_config_in_a_folder_called_after_a_part_are_kept(tmp_path: Path) -> None:
+def test_parts_of_a_config_in_a_folder_called_after_a_part_are_kept(tmp_path):
     write_yolo(tmp_path / "export" / "training", "ultralytics", {"train": "ab", "val": "c"})
     report = init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
     assert {part: count.images for part, count in report.parts.items()} == {"train": 2, "val": 1}
@@ -247,7 +247,7 @@ def write_subsets(root: Path, subsets: dict[str, str]) -> None:
     path.write_text(text)
 
 
-def test_subsets_of_one_part_are_merged_and_others_named(tmp_path: Path) -> None:
+def test_subsets_of_one_part_are_merged_and_others_named(tmp_path):
     write_subsets(tmp_path / "export", {"a": "Train", "b": "valid", "c": "validation"})
     report = init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
     data = Dataset(config=DatasetConfig.from_toml(report.config))
@@ -330,9 +330,7 @@ def without_images(root: Path) -> None:
         (without_images, "image"),
     ],
 )
-def test_what_cannot_be_used_is_refused_and_nothing_is_written(
-    write: Callable[[Path], None], match: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_used_is_refused_and_nothing_is_written(write, match, tmp_path):
     write(tmp_path / "export")
     with pytest.raises(InputError, match=match) as caught:
         init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
@@ -342,7 +340,7 @@ def test_what_cannot_be_used_is_refused_and_nothing_is_written(
         look(Path(place))  # it is not refused again
 
 
-def test_what_is_mended_dropped_and_left_over_is_printed(tmp_path: Path) -> None:
+def test_what_is_mended_dropped_and_left_over_is_printed(tmp_path):
     write_yolo(tmp_path / "export", "plain", {"": "abc"})
     (tmp_path / "export" / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.2\n9 0.5 0.5 0.2 0.2\n")
     (tmp_path / "export" / "labels" / "c.txt").unlink()
@@ -356,7 +354,7 @@ def test_what_is_mended_dropped_and_left_over_is_printed(tmp_path: Path) -> None
     assert any("1 image" in note and "not annotated" in note for note in report.notes)
 
 
-def test_a_config_is_not_replaced_unasked(tmp_path: Path) -> None:
+def test_a_config_is_not_replaced_unasked(tmp_path):
     write_coco(tmp_path / "export", "abc")
     Path("pets.toml").write_text("mine")
     with pytest.raises(ConfigError, match=r"pets\.toml"):
@@ -366,9 +364,7 @@ def test_a_config_is_not_replaced_unasked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["", " []", ' ""'])
-def test_a_data_yaml_that_names_no_images_is_refused_or_its_folders_are_taken(
-    value: str, tmp_path: Path
-) -> None:
+def test_a_data_yaml_that_names_no_images_is_refused_or_its_folders_are_taken(value, tmp_path):
     write_yolo(tmp_path / "export", "ultralytics", {"train": "ab", "val": "c"})
     config = tmp_path / "export" / "data.yaml"
     config.write_text(f"names: {json.dumps(NAMES)}\ntrain:{value}\nval:{value}\n")
@@ -384,7 +380,7 @@ def test_a_data_yaml_that_names_no_images_is_refused_or_its_folders_are_taken(
     ("text", "part"),
     [("", "valid"), ("<html>not found</html>", "valid"), ("", "test"), ("no", "test")],
 )
-def test_a_damaged_part_does_not_disappear(text: str, part: str, tmp_path: Path) -> None:
+def test_a_damaged_part_does_not_disappear(text, part, tmp_path):
     root = tmp_path / "export"
     SPLIT["COCO JSON, Roboflow"](root)
     write_coco(root / part, "c", "_annotations.coco.json").write_text(text)
@@ -402,7 +398,7 @@ def test_a_damaged_part_does_not_disappear(text: str, part: str, tmp_path: Path)
     assert part in report.findings[0].text
 
 
-def test_an_empty_list_of_pascal_voc_does_not_disappear(tmp_path: Path) -> None:
+def test_an_empty_list_of_pascal_voc_does_not_disappear(tmp_path):
     write_voc(tmp_path / "VOC" / "Annotations", "abc")
     lists = tmp_path / "VOC" / "ImageSets" / "Main"
     lists.mkdir(parents=True)
@@ -414,7 +410,7 @@ def test_an_empty_list_of_pascal_voc_does_not_disappear(tmp_path: Path) -> None:
     assert not report.sound
 
 
-def test_an_empty_file_alone_is_reported_as_empty(tmp_path: Path) -> None:
+def test_an_empty_file_alone_is_reported_as_empty(tmp_path):
     write_cvat(tmp_path / "export", "ab")
     (tmp_path / "export" / "annotations.xml").write_text("")
     with pytest.raises(DataError, match=r"annotations\.xml.*empty") as caught:
@@ -422,7 +418,7 @@ def test_an_empty_file_alone_is_reported_as_empty(tmp_path: Path) -> None:
     assert "VOC" not in (caught.value.hint or "")
 
 
-def test_embeddings_of_that_name_are_not_replaced_unasked(tmp_path: Path) -> None:
+def test_embeddings_of_that_name_are_not_replaced_unasked(tmp_path):
     write_coco(tmp_path / "export", "abc")
     Path("pets.vocab").write_text("mine")
     with pytest.raises(ConfigError, match=r"pets\.vocab"):
@@ -431,7 +427,7 @@ def test_embeddings_of_that_name_are_not_replaced_unasked(tmp_path: Path) -> Non
     assert not Path("pets.toml").exists()
 
 
-def test_a_part_without_objects_is_not_written(tmp_path: Path) -> None:
+def test_a_part_without_objects_is_not_written(tmp_path):
     path = write_coco(tmp_path / "export", "abc")
     content = json.loads(path.read_text())
     only = content["annotations"][0]["image_id"]
@@ -446,14 +442,14 @@ def test_a_part_without_objects_is_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
-def test_a_seed_that_a_config_cannot_hold_is_refused(seed: int, tmp_path: Path) -> None:
+def test_a_seed_that_a_config_cannot_hold_is_refused(seed, tmp_path):
     write_coco(tmp_path / "export", "abc")
     with pytest.raises(ConfigError, match="seed"):
         init_dataset(tmp_path / "export", Path("pets.toml"), closed=True, seed=seed)
     assert not Path("pets.toml").exists()
 
 
-def test_boxes_without_extent_are_refused(tmp_path: Path) -> None:
+def test_boxes_without_extent_are_refused(tmp_path):
     path = write_coco(tmp_path / "export", "ab")
     content = json.loads(path.read_text())
     for entry in content["annotations"]:
@@ -464,14 +460,14 @@ def test_boxes_without_extent_are_refused(tmp_path: Path) -> None:
     assert not Path("pets.toml").exists()
 
 
-def test_a_missing_image_is_noted_as_what_check_refuses(tmp_path: Path) -> None:
+def test_a_missing_image_is_noted_as_what_check_refuses(tmp_path):
     write_voc(tmp_path / "export", "abc")
     (tmp_path / "export" / "b.jpg").unlink()
     notes = init_dataset(tmp_path / "export", Path("pets.toml"), closed=True).notes
     assert any("b.jpg" in note and "data check" in note for note in notes), notes
 
 
-def test_an_image_of_another_part_never_replaces_a_missing_one(tmp_path: Path) -> None:
+def test_an_image_of_another_part_never_replaces_a_missing_one(tmp_path):
     root = tmp_path / "export"
     write_coco(root, "abc", "train.json", "train")
     write_coco(root, "bc", "val.json", "val")
@@ -488,7 +484,7 @@ def test_an_image_of_another_part_never_replaces_a_missing_one(tmp_path: Path) -
     )
 
 
-def test_an_image_of_another_subset_never_replaces_a_missing_one(tmp_path: Path) -> None:
+def test_an_image_of_another_subset_never_replaces_a_missing_one(tmp_path):
     root = tmp_path / "export"
     write_subsets(root, {"a": "train", "b": "train", "c": "val"})
     for stem, folder in zip("abc", ("train", "val", "val"), strict=True):
@@ -499,7 +495,7 @@ def test_an_image_of_another_subset_never_replaces_a_missing_one(tmp_path: Path)
     assert any("1 of 2 images" in note and "'b.jpg'" in note for note in notes), notes
 
 
-def test_copies_are_found_among_images_of_equal_names(tmp_path: Path) -> None:
+def test_copies_are_found_among_images_of_equal_names(tmp_path):
     root = tmp_path / "export"
     for part, folders in (("train", "pq"), ("val", "xy")):
         path = write_coco(root / part, "ab", "ann.json")
@@ -518,7 +514,7 @@ def test_copies_are_found_among_images_of_equal_names(tmp_path: Path) -> None:
     )
 
 
-def test_parts_are_compared(tmp_path: Path) -> None:
+def test_parts_are_compared(tmp_path):
     root = tmp_path / "export"
     write_coco(root / "train", "ab", "ann.json")
     path = write_coco(root / "valid", "bc", "ann.json")
@@ -540,7 +536,7 @@ def test_parts_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["/", "../../../../../../../../../../../.."])
-def test_the_whole_file_system_is_not_walked(value: str, tmp_path: Path) -> None:
+def test_the_whole_file_system_is_not_walked(value, tmp_path):
     write_yolo(tmp_path / "export", "ultralytics", {"train": "ab", "val": "c"})
     config = tmp_path / "export" / "data.yaml"
     config.write_text(f"names: {json.dumps(NAMES)}\ntrain: {value}\nval: images/val\n")
@@ -548,7 +544,7 @@ def test_the_whole_file_system_is_not_walked(value: str, tmp_path: Path) -> None
         init_dataset(config, Path("pets.toml"), closed=True)
 
 
-def test_refusals_name_the_file_of_the_part(tmp_path: Path) -> None:
+def test_refusals_name_the_file_of_the_part(tmp_path):
     SPLIT["COCO JSON, Roboflow"](tmp_path / "export")
     path = tmp_path / "export" / "valid" / "_annotations.coco.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
@@ -556,7 +552,7 @@ def test_refusals_name_the_file_of_the_part(tmp_path: Path) -> None:
         init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
 
 
-def test_another_number_of_classes_than_names_is_noted(tmp_path: Path) -> None:
+def test_another_number_of_classes_than_names_is_noted(tmp_path):
     write_yolo(tmp_path / "export", "ultralytics", {"train": "ab", "val": "c"})
     config = tmp_path / "export" / "data.yaml"
     assert not any("nc" in f.text.split() for r in check_path(config) for f in r.findings)
@@ -565,9 +561,7 @@ def test_another_number_of_classes_than_names_is_noted(tmp_path: Path) -> None:
     assert any(finding.deviation == "file.nc" for finding in found)
 
 
-def test_images_alone_get_the_list_of_formats_and_names_are_printed_on_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_alone_get_the_list_of_formats_and_names_are_printed_on_one_line(tmp_path, capsys):
     photo(tmp_path / "photos" / "a.jpg", (9, 9))
     (report,) = check_path(tmp_path / "photos")
     assert all(name in report.findings[0].text for name in ("COCO", "Pascal VOC", "VGG VIA"))
@@ -578,7 +572,7 @@ def test_images_alone_get_the_list_of_formats_and_names_are_printed_on_one_line(
     assert "two\\nlines" in capsys.readouterr().out
 
 
-def test_a_folder_of_images_that_does_not_exist_is_named(tmp_path: Path) -> None:
+def test_a_folder_of_images_that_does_not_exist_is_named(tmp_path):
     nowhere = tmp_path / "nowhere"
     with pytest.raises(DataError, match="nowhere") as caught:
         init_dataset(tmp_path, tmp_path / "a.toml", images=[nowhere], closed=True)

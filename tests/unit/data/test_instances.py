@@ -51,7 +51,7 @@ def make(store: AnnotationStore, view: View = WHOLE, goals: Targets | None = Non
     return make_instances(store, store.record(0), goals.usable(store), view, goals)
 
 
-def test_boxes_classes_and_polygons_are_mapped(write_json: Write) -> None:
+def test_boxes_classes_and_polygons_are_mapped(write_json):
     view = View(scaled=(40, 60), offset=(0, 10), size=(40, 50), factor_xy=(2, 2), mirrored=True)
     made = make(store_of(write_json, entry([10, 5, 6, 6], category=2)), view)
     assert made.image_size == (40, 50)
@@ -63,7 +63,7 @@ def test_boxes_classes_and_polygons_are_mapped(write_json: Write) -> None:
     assert polygon.max(axis=0).tolist() == [40, 22]
 
 
-def test_crowds_and_novel_classes_are_left_out(write_json: Write) -> None:
+def test_crowds_and_novel_classes_are_left_out(write_json):
     runs = {"counts": [0, 600], "size": [20, 30]}
     store = store_of(
         write_json,
@@ -77,7 +77,7 @@ def test_crowds_and_novel_classes_are_left_out(write_json: Write) -> None:
     assert len(made.gt_masks) == 1
 
 
-def test_an_image_without_objects_has_empty_fields(write_json: Write) -> None:
+def test_an_image_without_objects_has_empty_fields(write_json):
     for store in (store_of(write_json), store_of(write_json, entry([1, 1, 5, 5], iscrowd=1))):
         made = make(store)
         assert len(made) == 0
@@ -104,7 +104,7 @@ def test_what_is_outside_the_view_is_left_out(write_json: Write) -> None:
     assert without_masks.gt_boxes.tensor.tolist()[0] == [0, 0, 9, 9]
 
 
-def test_an_object_cut_by_the_crop_keeps_its_part(write_json: Write) -> None:
+def test_an_object_cut_by_the_crop_keeps_its_part(write_json):
     store = store_of(write_json, entry([5, 5, 10, 10]))
     made = make(store, View(scaled=(20, 30), offset=(0, 0), size=(8, 9), factor_xy=(1, 1)))
     assert made.gt_boxes.tensor.tolist() == [[5, 5, 9, 8]]
@@ -112,7 +112,7 @@ def test_an_object_cut_by_the_crop_keeps_its_part(write_json: Write) -> None:
     assert target.all()
 
 
-def test_objects_that_vanish_when_scaled_are_left_out(write_json: Write) -> None:
+def test_objects_that_vanish_when_scaled_are_left_out(write_json):
     store = store_of(write_json, entry([29.999, 0, 0.001, 10]), entry([0, 0, 20, 20], category=2))
     view = scaled_crop(20, 30, size=3, scale_factor=0.01, crop_y=0, crop_x=0)
     made = make(store, view)
@@ -142,9 +142,7 @@ def test_run_lengths_make_the_image_bitmaps(write_json: Write) -> None:
 
 
 @pytest.mark.parametrize("runs", [True, False])
-def test_an_object_without_a_mask_keeps_its_box_beside_those_with(
-    write_json: Write, runs: bool
-) -> None:
+def test_an_object_without_a_mask_keeps_its_box_beside_those_with(write_json, runs):
     other = {"counts": [0, 100, 500], "size": [20, 30]} if runs else [square(2, 2, 5)]
     store = store_of(
         write_json,
@@ -163,7 +161,7 @@ def test_an_object_without_a_mask_keeps_its_box_beside_those_with(
     assert cut.flatten(1).any(dim=1).tolist() == [False, True]
 
 
-def test_whether_masks_are_trained_depends_on_the_objects_to_train_on(write_json: Write) -> None:
+def test_whether_masks_are_trained_depends_on_the_objects_to_train_on(write_json):
     bare = entry([1, 1, 5, 5], segmentation=[])
     of_novel = store_of(write_json, bare, entry([2, 2, 5, 5], category=2))
     names = [category["name"] for category in CATEGORIES]

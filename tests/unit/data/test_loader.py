@@ -16,7 +16,7 @@ from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.images import read_image, training_view
 from proxydet.data.loader import Batch, BoxBatch, ImageLabelBatch, TrainingLoader, TrainingSources
-from proxydet.environment.modes import MODES, Mode, reproducibility_mode
+from proxydet.environment.modes import MODES, reproducibility_mode
 from proxydet.errors import ConfigError, DataError, RuntimeEnvironmentError
 
 BOXES = SourceConfig(batch_size=3, size=48, scale=(0.5, 2.0), ratio=1.0)
@@ -53,7 +53,7 @@ def first(stream: TrainingLoader, count: int) -> list[bytes]:
     return [fingerprint(batch) for batch in itertools.islice(stream, count)]
 
 
-def test_a_batch_has_what_the_contract_says(small_set_with_labels: Path) -> None:
+def test_a_batch_has_what_the_contract_says(small_set_with_labels):
     seen: dict[type, Any] = {}
     for batch in itertools.islice(loader(small_set_with_labels), 30):
         seen[type(batch)] = batch
@@ -79,9 +79,7 @@ def test_a_batch_has_what_the_contract_says(small_set_with_labels: Path) -> None
     assert seen.keys() == {BoxBatch, ImageLabelBatch}
 
 
-def test_batches_do_not_depend_on_workers_or_on_where_iteration_began(
-    small_set_with_labels: Path,
-) -> None:
+def test_batches_do_not_depend_on_workers_or_on_where_iteration_began(small_set_with_labels):
     straight = first(loader(small_set_with_labels), 14)
     assert first(loader(small_set_with_labels, workers=2, prefetch=3), 14) == straight
     assert first(loader(small_set_with_labels, workers=1, start=5), 9) == straight[5:]
@@ -101,7 +99,7 @@ def slow_pixels(pixels: np.ndarray, source: SourceConfig, rng: np.random.Generat
     return torch.from_numpy(part.copy()).permute(2, 0, 1)
 
 
-def test_the_pixels_of_samples_equal_a_plain_way_to_make_them(small_set_with_labels: Path) -> None:
+def test_the_pixels_of_samples_equal_a_plain_way_to_make_them(small_set_with_labels):
     sources = loader(small_set_with_labels).sources
     labels = sources.images["image_labels"]
     for seed in range(24):
@@ -116,22 +114,20 @@ def test_the_pixels_of_samples_equal_a_plain_way_to_make_them(small_set_with_lab
         assert torch.equal(image, slow_pixels(pixels, LABELS, np.random.default_rng(seed)))
 
 
-def test_iterating_again_starts_again_and_single_batches_can_be_asked_for(
-    small_set_with_labels: Path,
-) -> None:
+def test_iterating_again_starts_again_and_single_batches_can_be_asked_for(small_set_with_labels):
     stream = loader(small_set_with_labels)
     once = first(stream, 4)
     assert first(stream, 4) == once
     assert [fingerprint(stream.batch(number)) for number in (3, 0)] == [once[3], once[0]]
 
 
-def test_ranks_split_one_sequence(small_set_with_labels: Path) -> None:
+def test_ranks_split_one_sequence(small_set_with_labels):
     alone = first(loader(small_set_with_labels), 6)
     ranks = [first(loader(small_set_with_labels, rank=rank, world=2), 3) for rank in range(2)]
     assert [ranks[n % 2][n // 2] for n in range(6)] == alone
 
 
-def test_two_processes_that_share_groups_see_what_one_sees(small_set_with_labels: Path) -> None:
+def test_two_processes_that_share_groups_see_what_one_sees(small_set_with_labels):
     whole = SourceConfig(batch_size=4, size=48, scale=(0.5, 2.0), ratio=1.0)
     half = SourceConfig(batch_size=2, size=48, scale=(0.5, 2.0), ratio=1.0)
     shared: dict[str, Any] = {"ranks_share_group": True, "image_labels": None}
@@ -144,16 +140,14 @@ def test_two_processes_that_share_groups_see_what_one_sees(small_set_with_labels
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_batches_are_the_same_in_every_reproducibility_mode(
-    small_set_with_labels: Path, mode: Mode
-) -> None:
+def test_batches_are_the_same_in_every_reproducibility_mode(small_set_with_labels, mode):
     plain = first(loader(small_set_with_labels), 4)
     with reproducibility_mode(mode):
         assert first(loader(small_set_with_labels), 4) == plain
         assert first(loader(small_set_with_labels, workers=1), 4) == plain
 
 
-def test_the_global_generators_are_left_alone(small_set_with_labels: Path) -> None:
+def test_the_global_generators_are_left_alone(small_set_with_labels):
     before = (torch.get_rng_state(), np.random.get_state()[1].copy())  # noqa: NPY002
     for workers in (0, 1):
         next(iter(loader(small_set_with_labels, workers=workers)))
@@ -161,9 +155,7 @@ def test_the_global_generators_are_left_alone(small_set_with_labels: Path) -> No
     assert (before[1] == np.random.get_state()[1]).all()  # noqa: NPY002
 
 
-def test_image_labels_can_be_left_out_on_both_sides(
-    small_set: Path, small_set_with_labels: Path
-) -> None:
+def test_image_labels_can_be_left_out_on_both_sides(small_set, small_set_with_labels):
     for stream in (loader(small_set_with_labels, image_labels=None),):
         assert all(isinstance(batch, BoxBatch) for batch in itertools.islice(stream, 10))
     text = small_set.read_text().replace('[image_labels]\ntars = "tars"', "")
@@ -171,7 +163,7 @@ def test_image_labels_can_be_left_out_on_both_sides(
     assert all(isinstance(batch, BoxBatch) for batch in itertools.islice(loader(small_set), 10))
 
 
-def test_images_without_objects_are_kept_or_left_out(small_set: Path) -> None:
+def test_images_without_objects_are_kept_or_left_out(small_set):
     ids = {i for batch in itertools.islice(loader(small_set), 60) for i in batch.image_ids}
     assert ids == {1, 2, 3, 4, 5, 6}
     # Images 1 and 5 have no annotation.
@@ -180,7 +172,7 @@ def test_images_without_objects_are_kept_or_left_out(small_set: Path) -> None:
     assert ids == {2, 3, 4, 6}
 
 
-def test_a_square_image_goes_with_the_portraits(small_set: Path) -> None:
+def test_a_square_image_goes_with_the_portraits(small_set):
     path = small_set.parent / "train.json"
     content = json.loads(path.read_text())
     content["images"][1].update(height=50, width=50)
@@ -190,7 +182,7 @@ def test_a_square_image_goes_with_the_portraits(small_set: Path) -> None:
     assert set().union(*(ids for ids in drawn if 2 in ids)) == {1, 2, 3, 5}
 
 
-def test_rare_classes_are_repeated_and_novel_ones_are_not(small_set: Path) -> None:
+def test_rare_classes_are_repeated_and_novel_ones_are_not(small_set):
     stream = loader(small_set, repeat_threshold=0.6)
     drawn = np.bincount([row for n in range(6000) for row in stream.planned(n).rows], minlength=6)
     # "cat" is in 4 of 6 images, "bird" in 1; "dog" is novel and counts nowhere.
@@ -198,7 +190,7 @@ def test_rare_classes_are_repeated_and_novel_ones_are_not(small_set: Path) -> No
     np.testing.assert_allclose(drawn / drawn.sum(), factors / factors.sum(), rtol=0.06)
 
 
-def test_an_empty_data_set_is_an_error(small_set: Path) -> None:
+def test_an_empty_data_set_is_an_error(small_set):
     annotations = small_set.parent / "train.json"
     content = json.loads(annotations.read_text())
     annotations.write_text(json.dumps(content | {"annotations": []}))
@@ -212,9 +204,7 @@ def test_an_empty_data_set_is_an_error(small_set: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("iscrowd", 1), ("category_id", 7)])
-def test_crowds_or_the_novel_class_alone_are_an_error(
-    small_set: Path, key: str, value: int
-) -> None:
+def test_crowds_or_the_novel_class_alone_are_an_error(small_set, key, value):
     annotations = small_set.parent / "train.json"
     content = json.loads(annotations.read_text())
     changed = [annotation | {key: value} for annotation in content["annotations"]]
@@ -224,9 +214,7 @@ def test_crowds_or_the_novel_class_alone_are_an_error(
 
 
 @pytest.mark.parametrize("masks", ["auto", False])
-def test_boxes_without_any_mask_are_trained_on_without_masks(
-    small_set: Path, masks: str | bool
-) -> None:
+def test_boxes_without_any_mask_are_trained_on_without_masks(small_set, masks):
     annotations = small_set.parent / "train.json"
     annotations.write_text(annotations.read_text().replace('"segmentation"', '"outline"'))
     batches = list(itertools.islice(loader(small_set, masks=masks), 8))
@@ -237,9 +225,7 @@ def test_boxes_without_any_mask_are_trained_on_without_masks(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_stops_or_is_counted(
-    small_set: Path, caplog: pytest.LogCaptureFixture, workers: int
-) -> None:
+def test_an_unreadable_image_stops_or_is_counted(small_set, caplog, workers):
     victim = small_set.parent / "train" / "2.png"
     victim.write_bytes(victim.read_bytes()[:60])
     with pytest.raises(DataError, match=r"2\.png") as caught:
@@ -257,14 +243,14 @@ def test_an_unreadable_image_stops_or_is_counted(
     assert f"image 2.png cannot be read; left out ({len(lost)} so far)" in caplog.text
 
 
-def test_a_batch_of_unreadable_images_only_is_an_error(small_set: Path) -> None:
+def test_a_batch_of_unreadable_images_only_is_an_error(small_set):
     for image in (small_set.parent / "train").iterdir():
         image.write_bytes(b"")
     with pytest.raises(DataError, match="cannot read the image"):
         next(iter(loader(small_set, unreadable_images="skip")))
 
 
-def test_an_image_of_another_size_is_an_error(small_set: Path) -> None:
+def test_an_image_of_another_size_is_an_error(small_set):
     folder = small_set.parent / "train"
     for image in folder.iterdir():
         image.write_bytes((folder / "1.png").read_bytes())
@@ -273,7 +259,7 @@ def test_an_image_of_another_size_is_an_error(small_set: Path) -> None:
     assert "exif_orientation" not in str(caught.value.hint)
 
 
-def test_a_worker_that_is_killed_is_named(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_is_killed_is_named(small_set, monkeypatch):
     parent = os.getpid()
 
     def die(*_: object) -> None:
@@ -286,7 +272,7 @@ def test_a_worker_that_is_killed_is_named(small_set: Path, monkeypatch: pytest.M
     assert "data.workers" in str(caught.value.hint)
 
 
-def test_workers_that_hang_are_given_up(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_hang_are_given_up(small_set, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda *_: signal.pause())
     # How long torch waits for a worker to end before it ends it.
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
@@ -294,7 +280,7 @@ def test_workers_that_hang_are_given_up(small_set: Path, monkeypatch: pytest.Mon
         next(iter(loader(small_set, workers=1, worker_timeout_s=0.5)))
 
 
-def test_batches_move_as_a_whole(small_set_with_labels: Path) -> None:
+def test_batches_move_as_a_whole(small_set_with_labels):
     for batch in itertools.islice(loader(small_set_with_labels), 8):
         moved = batch.to("meta")
         assert all(image.is_meta for image in moved.images)
@@ -319,18 +305,18 @@ def test_batches_move_as_a_whole(small_set_with_labels: Path) -> None:
         lambda: DataConfig(test_shortest_side=900, test_longest_side=800),
     ],
 )
-def test_impossible_settings_are_refused(wrong: Any) -> None:
+def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ConfigError):
         wrong()
 
 
-def test_impossible_shards_are_refused(small_set: Path) -> None:
+def test_impossible_shards_are_refused(small_set):
     for wrong in ({"rank": 2, "world": 2}, {"rank": -1}, {"seed": -1}, {"start": -1}):
         with pytest.raises(ValueError, match=r"rank|negative"):
             loader(small_set, **wrong)
 
 
-def test_digests_tell_changed_images_and_labels(small_set_with_labels: Path) -> None:
+def test_digests_tell_changed_images_and_labels(small_set_with_labels):
     def digests() -> dict[str, str]:
         return loader(small_set_with_labels).sources.digests()
 

@@ -70,9 +70,7 @@ def limited(pipe: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_pipe_is_not_waited_for(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipe_is_not_waited_for(place, tmp_path, monkeypatch):
     monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     write, name = PLACES[place]
@@ -90,7 +88,7 @@ def test_a_pipe_is_not_waited_for(
                 check_path(source)
 
 
-def test_an_image_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_is_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with limited(tmp_path / "pipe.jpg"), pytest.raises(DataError, match=r"pipe\.jpg.*regular file"):
         read_image(tmp_path / "pipe.jpg")

@@ -12,7 +12,7 @@ from proxydet.data.images import View, scaled_crop, shortest_side, training_view
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "data_parity.npz"
 
 
-def test_resize_crop_equals_the_published_geometry() -> None:
+def test_resize_crop_equals_the_published_geometry():
     parity = np.load(FIXTURE)
     columns = parity["resize_crop.columns"].tolist()
     rows = parity["resize_crop.rows"]
@@ -43,9 +43,7 @@ sides = st.integers(1, 1500)
     st.floats(0, 0.999999),
     st.floats(0, 0.999999),
 )
-def test_a_crop_lies_inside_and_is_never_larger_than_asked(
-    h, w, size, scale, crop_y, crop_x
-) -> None:
+def test_a_crop_lies_inside_and_is_never_larger_than_asked(h, w, size, scale, crop_y, crop_x):
     view = scaled_crop(h, w, size=size, scale_factor=scale, crop_y=crop_y, crop_x=crop_x)
     for axis in (0, 1):
         assert 1 <= view.size[axis] <= size
@@ -53,7 +51,7 @@ def test_a_crop_lies_inside_and_is_never_larger_than_asked(
 
 
 @given(sides, sides)
-def test_test_size_equals_detectron2(h: int, w: int) -> None:
+def test_test_size_equals_detectron2(h, w):
     import proxydet.environment.d2  # noqa: F401
 
     from detectron2.data.transforms import ResizeShortestEdge
@@ -63,7 +61,7 @@ def test_test_size_equals_detectron2(h: int, w: int) -> None:
     assert view.scaled == tuple(max(1, side) for side in expected)
 
 
-def test_the_image_equals_one_full_resize_then_crop_then_mirror() -> None:
+def test_the_image_equals_one_full_resize_then_crop_then_mirror():
     pixels = np.random.default_rng(0).integers(0, 255, (37, 53, 3)).astype(np.uint8)
     view = View(
         scaled=(80, 111), offset=(11, 30), size=(60, 64), factor_xy=(2.1, 2.1), mirrored=True
@@ -93,9 +91,7 @@ def slow_view(pixels: np.ndarray, view: View) -> np.ndarray:
     seed=st.integers(0, 2**31),
     scale=st.sampled_from([(0.1, 2.0), (0.5, 1.5), (1.0, 1.0), (4.0, 9.0)]),
 )
-def test_rows_and_columns_that_are_dropped_early_change_no_pixel(
-    height: int, width: int, size: int, seed: int, scale: tuple[float, float]
-) -> None:
+def test_rows_and_columns_that_are_dropped_early_change_no_pixel(height, width, size, seed, scale):
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
     source = SourceConfig(batch_size=1, size=size, scale=scale, ratio=1.0)
@@ -104,13 +100,13 @@ def test_rows_and_columns_that_are_dropped_early_change_no_pixel(
 
 
 @pytest.mark.parametrize("scaled", [(70, 30), (90, 30), (70, 45), (50, 30)])
-def test_a_side_that_keeps_its_length(scaled: tuple[int, int]) -> None:
+def test_a_side_that_keeps_its_length(scaled):
     pixels = np.random.default_rng(0).integers(0, 256, (70, 30, 3)).astype(np.uint8)
     view = View(scaled=scaled, offset=(21, 3), size=(25, 20), factor_xy=(1, 1))
     np.testing.assert_array_equal(view.image(pixels), slow_view(pixels, view))
 
 
-def test_an_identical_view_copies() -> None:
+def test_an_identical_view_copies():
     pixels = np.random.default_rng(0).integers(0, 255, (3, 5, 3)).astype(np.uint8)
     view = View(scaled=(3, 5), offset=(0, 0), size=(3, 5), factor_xy=(1, 1))
     np.testing.assert_array_equal(view.image(pixels), pixels)
@@ -118,7 +114,7 @@ def test_an_identical_view_copies() -> None:
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_boxes_points_and_masks_follow_the_pixels(mirrored: bool) -> None:
+def test_boxes_points_and_masks_follow_the_pixels(mirrored):
     pixels = np.zeros((40, 60, 3), dtype=np.uint8)
     pixels[10:20, 30:50] = 255
     view = View(
@@ -133,7 +129,7 @@ def test_boxes_points_and_masks_follow_the_pixels(mirrored: bool) -> None:
     np.testing.assert_array_equal(view.mask(pixels[:, :, 0] > 0), seen)
 
 
-def test_boxes_are_clipped_and_outside_ones_lose_their_area() -> None:
+def test_boxes_are_clipped_and_outside_ones_lose_their_area():
     view = View(scaled=(40, 60), offset=(10, 10), size=(20, 20), factor_xy=(1, 1))
     boxes = view.boxes(np.array([[0, 0, 60, 40], [0, 0, 5, 5], [40, 35, 50, 39]]))
     assert boxes[0].tolist() == [0, 0, 20, 20]
@@ -141,7 +137,7 @@ def test_boxes_are_clipped_and_outside_ones_lose_their_area() -> None:
     assert view.boxes(np.empty((0, 4))).shape == (0, 4)
 
 
-def test_the_drawn_view_depends_on_the_generator_only_and_mirrors_as_asked() -> None:
+def test_the_drawn_view_depends_on_the_generator_only_and_mirrors_as_asked():
     source = SourceConfig(batch_size=1, size=320, scale=(0.1, 2.0), ratio=1.0)
 
     def draw(seed: int, flip: float = 0.5) -> View:

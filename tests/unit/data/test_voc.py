@@ -43,7 +43,7 @@ def voc(tmp_path: Path) -> Path:
     return tmp_path / "voc"
 
 
-def test_corners_count_from_one_and_classes_are_sorted_by_name(voc: Path, tmp_path: Path) -> None:
+def test_corners_count_from_one_and_classes_are_sorted_by_name(voc, tmp_path):
     store = AnnotationStore.open(voc, cache=tmp_path / "c")
     assert store.report.counts == {}
     assert [category.name for category in store.categories] == ["cat & co", "dog"]
@@ -53,13 +53,13 @@ def test_corners_count_from_one_and_classes_are_sorted_by_name(voc: Path, tmp_pa
     assert not store.has_masks
 
 
-def test_a_corner_of_zero_means_that_all_count_from_zero(voc: Path, tmp_path: Path) -> None:
+def test_a_corner_of_zero_means_that_all_count_from_zero(voc, tmp_path):
     write(voc, "c", [("dog", 0, 2, 10, 12)])
     store = AnnotationStore.open(voc, cache=tmp_path / "c")
     assert store.record(1).boxes_A4.tolist() == [[2, 3, 10, 12]]
 
 
-def test_lists_of_a_folder_count_from_the_same_pixel(voc: Path, tmp_path: Path) -> None:
+def test_lists_of_a_folder_count_from_the_same_pixel(voc, tmp_path):
     """A corner of 0 in a file of another list decides, also where a store was made before."""
     train, cache = voc / "ImageSets" / "Main" / "train.txt", tmp_path / "c"
     assert AnnotationStore.open(train, cache=cache).record(0).boxes_A4.tolist() == [[1, 2, 10, 12]]
@@ -70,9 +70,7 @@ def test_lists_of_a_folder_count_from_the_same_pixel(voc: Path, tmp_path: Path) 
         assert "from 0" in store.format
 
 
-def test_a_list_chooses_images_and_a_changed_file_makes_another_store(
-    voc: Path, tmp_path: Path
-) -> None:
+def test_a_list_chooses_images_and_a_changed_file_makes_another_store(voc, tmp_path):
     source = voc / "ImageSets" / "Main" / "train.txt"
     store = AnnotationStore.open(source, cache=tmp_path / "c")
     assert store.image_ids == ("b",)
@@ -80,7 +78,7 @@ def test_a_list_chooses_images_and_a_changed_file_makes_another_store(
     assert AnnotationStore.open(source, cache=tmp_path / "c").path != store.path
 
 
-def test_check_stats_and_preview_need_no_other_file(voc: Path, tmp_path: Path) -> None:
+def test_check_stats_and_preview_need_no_other_file(voc, tmp_path):
     from proxydet_cli.commands.data import app
 
     (report,) = check_path(voc)
@@ -108,7 +106,7 @@ def test_check_stats_and_preview_need_no_other_file(voc: Path, tmp_path: Path) -
     assert runner.invoke(app, ["check", str(voc)]).exit_code == 3
 
 
-def test_what_is_missing_in_an_object_costs_that_object(voc: Path, tmp_path: Path) -> None:
+def test_what_is_missing_in_an_object_costs_that_object(voc, tmp_path):
     path = voc / "Annotations" / "a.xml"
     path.write_text(path.read_text().replace("<xmax>9</xmax>", "<xmax>x</xmax>"))
     path = voc / "Annotations" / "b.xml"
@@ -134,14 +132,14 @@ def test_what_is_missing_in_an_object_costs_that_object(voc: Path, tmp_path: Pat
         ("\0", "one byte"),
     ],
 )
-def test_what_is_not_voc_is_refused_by_its_file(voc: Path, text: str, match: str) -> None:
+def test_what_is_not_voc_is_refused_by_its_file(voc, text, match):
     (voc / "Annotations" / "a.xml").write_text(text)
     with pytest.raises(DataError, match=match) as caught:
         AnnotationStore.open(voc, cache=voc / "c")
     assert "a.xml" in caught.value.message
 
 
-def test_files_and_lists_are_bounded(voc: Path, tmp_path: Path) -> None:
+def test_files_and_lists_are_bounded(voc, tmp_path):
     path, source = voc / "Annotations" / "a.xml", voc / "ImageSets" / "Main" / "train.txt"
     path.write_text(path.read_text() + " " * (2 << 20))
     with pytest.raises(DataError, match=r"a\.xml is larger than 2 MB"):
@@ -154,7 +152,7 @@ def test_files_and_lists_are_bounded(voc: Path, tmp_path: Path) -> None:
         AnnotationStore.open(source, cache=tmp_path / "c")
 
 
-def test_a_folder_of_json_names_the_json(voc: Path, tmp_path: Path) -> None:
+def test_a_folder_of_json_names_the_json(voc, tmp_path):
     folder = tmp_path / "coco"
     (folder / "annotations").mkdir(parents=True)
     (folder / "annotations" / "instances.json").write_text("{}")
@@ -165,7 +163,7 @@ def test_a_folder_of_json_names_the_json(voc: Path, tmp_path: Path) -> None:
         assert "coco/annotations/instances.json" in hint
 
 
-def test_lists_and_folders_without_annotations_are_refused(voc: Path, tmp_path: Path) -> None:
+def test_lists_and_folders_without_annotations_are_refused(voc, tmp_path):
     source = voc / "ImageSets" / "Main" / "train.txt"
     source.write_text("b\nabsent\n")
     with pytest.raises(DataError, match=r"absent\.xml"):
@@ -179,9 +177,7 @@ def test_lists_and_folders_without_annotations_are_refused(voc: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("filename", ["<filename>a</filename>", "<filename></filename>", ""])
-def test_an_ending_that_is_left_out_is_found_when_the_image_is_opened(
-    voc: Path, tmp_path: Path, filename: str
-) -> None:
+def test_an_ending_that_is_left_out_is_found_when_the_image_is_opened(voc, tmp_path, filename):
     """Also after the folder changed, with the store that was made before."""
     path, images = voc / "Annotations" / "a.xml", voc / "JPEGImages"
     path.write_text(path.read_text().replace("<filename>a.jpg</filename>", filename))
@@ -195,7 +191,7 @@ def test_an_ending_that_is_left_out_is_found_when_the_image_is_opened(
     assert check_path(voc, cache=cache)[0].sound
 
 
-def test_a_name_with_and_one_without_its_ending_are_one_image(voc: Path, tmp_path: Path) -> None:
+def test_a_name_with_and_one_without_its_ending_are_one_image(voc, tmp_path):
     path = voc / "Annotations" / "b.xml"
     path.write_text(path.read_text().replace("b.jpg", "a"))
     (report,) = check_path(voc, cache=tmp_path / "c")

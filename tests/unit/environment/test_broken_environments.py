@@ -13,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 _HIDE = """
 import sys
 
@@ -95,21 +93,6 @@ def test_with_a_torch_that_ends_the_process(tmp_path):
     stand_in(tmp_path, "torch", "2.7.0", "import os; os.abort()")
     fields = report_in(tmp_path)
     assert "ends the process (SIGABRT)" in fields["torch.import"]["problem"]
-
-
-@pytest.mark.parametrize("name", ["fvcore", "numpy"])
-def test_without_another_package(tmp_path, name):
-    hide(tmp_path, name)
-    assert report_in(tmp_path, quick=True)[name]["verdict"] == "will fail"
-
-
-def test_with_an_altered_roi_align(tmp_path):
-    package = stand_in(tmp_path, "detectron2", "0.6", "__version__ = '0.6'")
-    (package / "layers").mkdir()
-    (package / "layers" / "roi_align.py").write_text("roi_align = None\n")
-    fields = report_in(tmp_path, quick=True)
-    assert fields["roi_align"]["value"].startswith("altered @")
-    assert fields["roi_align"]["verdict"] == "may change results"
 
 
 def test_with_two_detectron2_of_which_another_version_is_used(tmp_path):

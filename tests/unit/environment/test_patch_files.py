@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import py_compile
 import stat
@@ -14,7 +13,6 @@ import pytest
 
 from proxydet.environment.patch import apply_patch, patch_status, revert_patch, roi_align_files
 from proxydet.errors import RuntimeEnvironmentError
-from proxydet_cli.main import main
 
 
 def folder_content(file: Path) -> dict[str, bytes]:
@@ -333,16 +331,6 @@ def test_status_warns_of_a_source_tree(roi_align_file, tmp_path):
     copy = tree / "roi_align.py"
     copy.write_bytes(roi_align_file.read_bytes())
     assert any("version control" in note for note in patch_status(copy).notes)
-
-
-def test_status_is_json(roi_align_file, capsys):
-    apply_patch(roi_align_file)
-    with pytest.raises(SystemExit):
-        main(["patch", "status", "--json", "--detectron2", str(roi_align_file.parents[1])])
-    plain = json.loads(capsys.readouterr().out)
-    assert (plain["state"], plain["file"]) == ("applied", str(roi_align_file))
-    assert plain["writable"] is True
-    assert plain["record"]["before"] != plain["record"]["after"]
 
 
 def test_status_needs_neither_torch_nor_detectron2s_import():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,71 +81,6 @@ def test_each_kind_of_error_is_told(detection, kind):
     assert all(cost >= 0 for cost in errors.costs.values())
     if detection["score"] > 0.5:
         assert errors.costs[kind] == pytest.approx(1 - errors.ap50)
-
-
-def test_missed_objects_are_told():
-    evaluation = evaluated(coco({1: [(1, HERE)], 2: [(1, HERE)]}), [found(1, 1, HERE, 0.5)])
-    errors = break_down_errors(evaluation.scored["bbox"])
-    assert errors.counts["missed"] == 1
-    assert errors.costs["missed"] == pytest.approx(1 - errors.ap50)
-
-
-def test_no_detection_is_all_missed():
-    evaluation = evaluated(coco({1: [(1, HERE)], 2: [(1, HERE)]}), [])
-    errors = break_down_errors(evaluation.scored["bbox"])
-    assert errors.counts["missed"] == 2
-    assert sum(errors.counts.values()) == 2
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_kinds_of_errors_are_those_of_a_plain_loop(make_set, seed):
-    truth, detections = make_set(seed, images=6, per_image=25, federated=False)
-    # No two scores alike: their order would be a matter of taste.
-    for index, row in enumerate(detections):
-        row["score"] = (index + 1) / (len(detections) + 1)
-        del row["segmentation"]
-    evaluation = evaluated(truth, detections)
-    errors = break_down_errors(evaluation.scored["bbox"])
-    expected: Counter[str] = Counter()
-    for image in truth["images"]:
-        objects = [row for row in truth["annotations"] if row["image_id"] == image["id"]]
-        boxes = [row for row in detections if row["image_id"] == image["id"]]
-        expected += kinds_in_an_image(objects, sorted(boxes, key=lambda row: -row["score"]))
-    assert {name: count for name, count in errors.counts.items() if count} == dict(expected)
-
-
-def kinds_in_an_image(objects: list[dict[str, Any]], boxes: list[dict[str, Any]]) -> Counter[str]:
-    """TIDE's questions in their order, as `ErrorBreakdown` words them."""
-    taken: set[int] = set()
-    wrong = []
-    for box in boxes:
-        ious = [overlap(box["bbox"], row["bbox"]) for row in objects]
-        same = [row["category_id"] == box["category_id"] for row in objects]
-        free = [(ious[at], at) for at in range(len(objects)) if same[at] and at not in taken]
-        if free and max(free)[0] >= 0.5:
-            taken.add(max(free)[1])
-        else:
-            wrong.append((ious, same))
-    kinds: Counter[str] = Counter()
-    near = set()
-    for ious, same in wrong:
-        of_class = [iou if own else 0 for iou, own in zip(ious, same, strict=True)]
-        of_others = [0 if own else iou for iou, own in zip(ious, same, strict=True)]
-        best, best_other = max(of_class, default=0), max(of_others, default=0)
-        if 0.1 <= best < 0.5:
-            kinds["localisation"] += 1
-            near.add(of_class.index(best))
-        elif best_other >= 0.5:
-            kinds["classification"] += 1
-            near.add(of_others.index(best_other))
-        elif best >= 0.5:
-            kinds["duplicate"] += 1
-        elif max(best, best_other) < 0.1:
-            kinds["background"] += 1
-        else:
-            kinds["classification and localisation"] += 1
-    kinds["missed"] = len(set(range(len(objects))) - taken - near)
-    return +kinds
 
 
 def overlap(first: list[float], second: list[float]) -> float:
@@ -234,28 +168,6 @@ def test_recall_of_boxes_leaves_classes_aside():
     assert all_of_them.at_50 == pytest.approx(1 / 3)
     # Where the shifted box is too far off, the exact one, which scores less, takes the annotation.
     assert all_of_them.average == pytest.approx(all_of_them.at_50, abs=1e-12)
-
-
-def test_recall_of_boxes_leaves_out_crowds_and_what_is_to_be_ignored():
-    truth = coco({1: [(1, HERE), (2, FAR), (3, [100, 10, 40, 40])]})
-    truth["annotations"][1]["iscrowd"] = 1
-    truth["annotations"][2]["ignore"] = 1
-    loaded = GroundTruth.load(truth)
-    (recall,) = box_recall(loaded, read_results([found(1, 1, HERE, 0.5)], loaded), limits=(100,))
-    assert (recall.at_50, recall.average) == (1, 1)
-
-
-def test_recall_of_boxes_on_federated_annotations_counts_every_detection(make_set):
-    truth, _ = make_set(3, images=6)
-    for image in truth["images"]:
-        image["neg_category_ids"] = []
-    perfect = [
-        found(row["image_id"], truth["categories"][0]["id"], row["bbox"], 0.5)
-        for row in truth["annotations"]
-    ]
-    loaded = GroundTruth.load(truth)
-    (recall,) = box_recall(loaded, read_results(perfect, loaded), limits=(300,))
-    assert recall.average == 1
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -257,14 +257,6 @@ def test_other_weights_are_refused_in_the_same_folder(dataset, vocabulary, tmp_p
     assert report.to_dict() == evaluate(other, dataset, output=tmp_path / "new").to_dict()
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 20])
-def test_batches_do_not_change_results(dataset, vocabulary, batch_size):
-    report = evaluate(
-        Guesser(vocabulary), dataset, config=EvaluationConfig(bootstrap=0, batch_size=batch_size)
-    )
-    assert report.to_dict() == evaluate(Guesser(vocabulary), dataset).to_dict()
-
-
 def test_the_joined_file_is_a_results_file(dataset, vocabulary, tmp_path):
     report = evaluate(Guesser(vocabulary), dataset, output=tmp_path / "out")
     elsewhere = run_evaluation(
@@ -296,34 +288,23 @@ def test_boxes_only_asks_for_no_masks_and_fixed_ap_for_more_detections(dataset, 
 
 
 def test_a_second_evaluation_into_one_folder_is_refused(dataset, vocabulary, tmp_path):
-    """While one process evaluates, another one is told which, and leaves the folder as it is."""
-    lines = [
-        "import sys",
-        "from pathlib import Path",
-        "from proxydet.files import Lock",
-        "with Lock(Path(sys.argv[1])):",
-        "    print('held', flush=True)",
-        "    sys.stdin.read()",
-    ]
     output = tmp_path / "out"
 
     class Watched(Guesser):
         def predict_images(self, *args: Any) -> list[Prediction]:
-            locks = list(output.glob("*.lock"))
-            assert len(locks) == 1
+            assert len(list(output.glob("*.lock"))) == 1
             return super().predict_images(*args)
 
     evaluate(Watched(vocabulary), dataset, output=output)
     assert not list(output.glob("*.lock*"))
-    command = [sys.executable, "-c", "\n".join(lines), str(output / "evaluation.lock")]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+    hold = "import sys; from pathlib import Path; from proxydet.files import Lock\n"
+    hold += "with Lock(Path(sys.argv[1])): print('held', flush=True), sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(output / "evaluation.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
         with pytest.raises(LockedError, match=f"in use by process {other.pid} on .* since"):
             evaluate(Guesser(vocabulary), dataset, output=output)
-        other.communicate("")
+        other.communicate()
     assert evaluate(Guesser(vocabulary), dataset, output=output) is not None
 
 

@@ -1,6 +1,5 @@
 """Annotations as evaluation reads them."""
 
-import gzip
 import json
 import tracemalloc
 
@@ -112,15 +111,6 @@ def test_what_is_judged_takes_memory_for_what_is_listed_only():
     assert peak < 100e6
 
 
-def test_zipped_files_are_read(make_set, tmp_path):
-    content, _ = make_set(1)
-    path = tmp_path / "val.json"
-    path.write_bytes(gzip.compress(json.dumps(content).encode()))
-    truth = GroundTruth.load(path)
-    assert truth.name == "val.json"
-    assert len(truth.masks) == len(content["annotations"])
-
-
 def test_masks_of_any_kind(make_set):
     content, _ = make_set(1)
     polygon, runs, *_ = content["annotations"]
@@ -128,20 +118,6 @@ def test_masks_of_any_kind(make_set):
     runs["segmentation"] = {"size": [48, 64], "counts": [0, 5, 48 * 64 - 5]}
     masks = GroundTruth.load(content).masks
     assert all(mask["size"] == [48, 64] for mask in masks)
-
-
-def test_objects_without_a_mask_neither_help_nor_harm(make_set):
-    content, _ = make_set(1)
-    content["annotations"][2]["segmentation"] = None
-    truth = GroundTruth.load(content)
-    assert truth.has_masks
-    assert truth.masked_A.sum() == len(content["annotations"]) - 1
-    blank = int(np.flatnonzero(~truth.masked_A)[0])
-    assert truth.for_masks().ann_ignore_A.tolist() == (~truth.masked_A).tolist()
-    assert truth.segmentation(blank) == []
-    for row in content["annotations"]:
-        del row["segmentation"]
-    assert not GroundTruth.load(content).has_masks
 
 
 def test_a_file_with_nothing_to_score_is_refused(make_set, tmp_path):

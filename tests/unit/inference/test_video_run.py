@@ -298,11 +298,6 @@ def test_the_video_that_is_read_is_never_replaced(bars, make, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_kinds_that_a_video_has_not_are_named(bars, make, output):
-    with pytest.raises(ConfigError, match="'crops'"):
-        run(bars, make(), output, kinds=["crops"])
-
-
 def test_a_camera_ends_with_ctrl_c_and_drops_what_comes_too_fast(bars, output, monkeypatch):
     camera = VideoSource(name="webcam:0", url="testsrc=size=64x48:rate=500", format="lavfi")
     assert camera.live
@@ -380,13 +375,6 @@ def test_an_error_comes_after_the_items_before_it():
         next(ahead)
 
 
-def test_closing_ends_the_thread():
-    ahead = read_ahead(itertools.count(), 2)
-    next(ahead)
-    ahead.close()
-    assert not [t for t in threading.enumerate() if t.name == "read-ahead" and t.is_alive()]
-
-
 def test_the_newest_items_win_where_asked():
     taken, enough = threading.Event(), threading.Event()
 
@@ -432,26 +420,3 @@ def test_frames_are_predicted_as_images_are(detector_of_shapes, make):
         np.testing.assert_allclose(alone.scores, result.found.scores, atol=1e-5)
     with pytest.raises(DataError, match="no video file"):
         detector_of_shapes.predict_video("absent.mp4")
-
-
-def test_the_network_waits_where_saving_is_far_behind(bars, make, output, monkeypatch):
-    seen, at_first_save, more = [], [], threading.Event()
-    original = CsvTable.add
-    # Two batches of one frame, one frame for each of two drawing threads, and one in hand.
-    bound = 5
-
-    def slow(self, result, prepared):
-        if result.index == 0:
-            more.wait(0.3)
-            at_first_save.append(len(seen))
-        original(self, result, prepared)
-
-    def count(_name, result):
-        seen.append(result.index)
-        if len(seen) > bound:
-            more.set()
-
-    monkeypatch.setattr(CsvTable, "add", slow)
-    run(bars, make(), output, kinds=["csv"], batch_size=1, on_result=count)
-    assert len(seen) == 24
-    assert at_first_save[0] <= bound

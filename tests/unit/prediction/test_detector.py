@@ -19,9 +19,7 @@ from proxydet.errors import (
     RuntimeEnvironmentError,
     VocabularyError,
 )
-from proxydet.modeling.config import InferenceConfig
 from proxydet.vocabulary.compositional import CompositionalEncoder
-from proxydet.vocabulary.vocabulary import Vocabulary
 
 
 def assert_same(first: Detections, second: Detections) -> None:
@@ -89,12 +87,6 @@ def test_a_batch_of_mixed_sizes_gives_what_single_pictures_give(detector, pictur
 
 def test_an_empty_batch_is_an_empty_list(detector):
     assert detector.predict_batch([]) == []
-
-
-def test_evaluation_and_prediction_are_bit_for_bit_equal(detector, pictures):
-    (prediction,) = detector.predict_images([pictures[0]], settings=InferenceConfig())
-    wanted = Detections(prediction, detector.vocabulary.names)
-    assert_same(detector.predict(pictures[0], score_threshold=0.02, one_label=False), wanted)
 
 
 def test_a_higher_threshold_only_leaves_out(detector, pictures):
@@ -212,12 +204,6 @@ def test_bad_input_is_named(detector, tmp_path, pictures):
         detector.predict_batch("photo.jpg")
     with pytest.raises(ConfigError, match="channel_order"):
         detector.predict(pictures[0], channel_order="gbr")  # type: ignore[arg-type]
-
-
-def test_embeddings_of_another_width_are_refused(detector, pictures):
-    wide = Vocabulary.from_arrays(["a"], np.ones((1, 8)))
-    with pytest.raises(VocabularyError, match="dimensions"):
-        detector.predict(pictures[0], wide)
 
 
 def test_devices_that_are_not_there_are_refused():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
 import threading
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from proxydet.detector import Detector
-from proxydet.errors import ConfigError, DataError, DiskFullError, JobInterruptedError
+from proxydet.errors import ConfigError, DiskFullError, JobInterruptedError
 from proxydet.inference.jobs import ImageResult, PredictionSummary, predict_files
 from proxydet.inference.pipeline import Writer
 from proxydet.inference.sources import find_images
@@ -57,19 +56,6 @@ def test_results_come_in_order_and_equal_single_predictions(detector, folder, ba
         )
         assert alone.labels == result.found.labels
         np.testing.assert_allclose(alone.scores, result.found.scores, atol=1e-5)
-
-
-def test_unreadable_images_are_counted_and_named(detector, folder, caplog):
-    with caplog.at_level(logging.WARNING):
-        summary, _ = run(detector, [folder])
-    (entry,) = summary.unreadable
-    assert entry.file == folder / "broken.jpg"
-    assert "broken.jpg" in caplog.text
-
-
-def test_a_single_unreadable_image_is_an_error(detector, folder):
-    with pytest.raises(DataError, match=r"broken\.jpg"):
-        run(detector, [folder / "broken.jpg"])
 
 
 def test_a_batch_of_only_unreadable_images_is_passed_over(detector, tmp_path):

@@ -69,7 +69,7 @@ def boxes_of(store: AnnotationStore) -> list[tuple[str, list[float]]]:
 
 
 @pytest.mark.parametrize("kind", PLACES)
-def test_saved_predictions_are_sound_annotations(kind: str, tmp_path: Path) -> None:
+def test_saved_predictions_are_sound_annotations(kind, tmp_path):
     found = {
         "desk": detections([(2, 3, 60, 41), (10.25, 0, 119.5, 90), (70, 50, 75, 80)]),
         "sub/desk": detections([(1, 1, 5, 5)]),
@@ -105,7 +105,7 @@ def test_saved_predictions_are_sound_annotations(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["yolo", "labelstudio"])
-def test_masks_come_back(kind: str, tmp_path: Path) -> None:
+def test_masks_come_back(kind, tmp_path):
     found = detections([(2, 3, 60, 41), (10, 20, 110, 90)], masks=True)
     place = save(kind, tmp_path, {"desk": found})
     store = stored(place, tmp_path / "c")
@@ -124,9 +124,7 @@ def test_masks_come_back(kind: str, tmp_path: Path) -> None:
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data(), kind=st.sampled_from(["yolo", "voc", "labelstudio", "coco"]))
-def test_any_box_comes_back_within_the_formats_precision(
-    data: st.DataObject, kind: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_any_box_comes_back_within_the_formats_precision(data, kind, tmp_path_factory):
     height, width = data.draw(st.tuples(st.integers(2, 4000), st.integers(2, 4000)))
     corner = st.floats(0, 1, allow_subnormal=False, width=32)
     fractions = data.draw(
@@ -154,7 +152,7 @@ def test_any_box_comes_back_within_the_formats_precision(
     seed=st.integers(0, 10),
     share=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
 )
-def test_brush_strokes_come_back(size: tuple[int, int], seed: int, share: float) -> None:
+def test_brush_strokes_come_back(size, seed, share):
     mask_HW = np.random.default_rng(seed).random(size) < share
     values = encode_brush(mask_HW)
     back_HW = decode_brush(values, size)
@@ -164,7 +162,7 @@ def test_brush_strokes_come_back(size: tuple[int, int], seed: int, share: float)
     assert decode_brush(values, (size[0] + 1, size[1])) is None
 
 
-def test_labeling_interface_and_tasks_fit_each_other(tmp_path: Path) -> None:
+def test_labeling_interface_and_tasks_fit_each_other(tmp_path):
     import xml.etree.ElementTree as ElementTree
 
     found = detections([(2, 3, 60, 41), (10, 20, 110, 90)])
@@ -177,7 +175,7 @@ def test_labeling_interface_and_tasks_fit_each_other(tmp_path: Path) -> None:
     assert task["data"]["image"].endswith("photos/desk.png")
 
 
-def test_writing_again_harms_no_photograph(tmp_path: Path) -> None:
+def test_writing_again_harms_no_photograph(tmp_path):
     save("yolo", tmp_path, {"a": detections([(1, 1, 9, 9)])})
     first = tmp_path / "photos" / "a.png"
     kept = tmp_path / "kept.png"
@@ -197,9 +195,7 @@ def test_writing_again_harms_no_photograph(tmp_path: Path) -> None:
     assert path.exists()
 
 
-def test_where_links_cannot_be_made_images_are_copied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_links_cannot_be_made_images_are_copied(tmp_path, monkeypatch):
     def link(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 

@@ -19,7 +19,6 @@ from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from proxydet._version import __version__
-from proxydet.data.masks import decode
 from proxydet.detector import Detector
 from proxydet.errors import VocabularyError
 from proxydet.modeling.network import ProxyDetNetwork
@@ -78,23 +77,6 @@ def test_the_body_itself_can_be_the_image(client, png):
     assert len(raw["detections"]) == 1
 
 
-def test_a_higher_threshold_keeps_what_the_slider_would(client, png):
-    every = {"one_label": "false"}
-    low = ask(client, png, score_threshold="0.02", **every)["detections"]
-    middle = low[len(low) // 2]["score"]
-    high = ask(client, png, score_threshold=repr(middle), **every)["detections"]
-    assert high == [item for item in low if item["score"] > middle]
-    assert 0 < len(high) < len(low)
-
-
-def test_masks_are_coco_run_lengths(client, detector, png, pixels):
-    found = ask(client, png, score_threshold="0.02")["detections"]
-    wanted = detector.predict(pixels, score_threshold=0.02).masks
-    for item, mask_HW in zip(found, wanted, strict=True):
-        assert item["mask"]["size"] == [48, 64]
-        np.testing.assert_array_equal(decode(item["mask"]["counts"].encode(), (48, 64)), mask_HW)
-
-
 def test_masks_and_second_labels_can_be_left_out(client, png):
     found = ask(client, png, score_threshold="0.02", masks="false", one_label="true")["detections"]
     assert all("mask" not in item for item in found)
@@ -119,15 +101,6 @@ def test_a_detector_of_boxes_serves_boxes_and_refuses_masks(detector, png):
         for asked in ({"data": {"masks": "true"}}, {"params": {"masks": "true"}}):
             response = client.post("/api/predict", files=files, **asked)
             assert "mask head" in problem(response, 400, "parameter")["message"]
-
-
-def test_photographs_are_turned_as_their_exif_says(client, tmp_path):
-    image = Image.new("RGB", (60, 40))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    answer = ask(client, (tmp_path / "turned.jpg").read_bytes())
-    assert (answer["width"], answer["height"]) == (40, 60)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from trainings import final, records, same
 
 from proxydet.errors import (
     CheckpointError,
@@ -28,19 +29,6 @@ from proxydet.errors import (
 from proxydet.training.checkpoint import CheckpointFolder, load_checkpoint
 from proxydet.training.train import Prefetcher
 from proxydet.weight_files import write_state
-
-
-def final(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
-
-
-def same(first: Path, second: Path) -> bool:
-    left, right = final(first), final(second)
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
-
-
-def records(folder: Path, name: str = "metrics") -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
 class Stop(RuntimeError):

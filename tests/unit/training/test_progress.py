@@ -56,9 +56,7 @@ def train(
         toy.run(folder, changes, accumulation=accumulation, step=step, evaluate=evaluate)
 
 
-def test_the_schedule_follows_the_images(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_schedule_follows_the_images(toy, tmp_path, monkeypatch):
     expected: list[tuple[int, int, float]] = []
     at, config = Fraction(0), toy.BASE
     for until, accumulation, size in ((3, 2, 4), (5, 1, 4), (6, 1, 2), (10, 4, 4), (12, 3, 4)):
@@ -77,7 +75,7 @@ def test_the_schedule_follows_the_images(
     assert (state["batches"], state["images"]) == (28, 104)
 
 
-def test_other_batches_are_recorded_once_each(toy: ModuleType, tmp_path: Path) -> None:
+def test_other_batches_are_recorded_once_each(toy, tmp_path):
     two, one = ({"processes": n, "step": f"{n}/2"} for n in (2, 1))
 
     def train(until: int, now: dict) -> None:
@@ -101,9 +99,7 @@ def test_other_batches_are_recorded_once_each(toy: ModuleType, tmp_path: Path) -
 @pytest.mark.parametrize(
     "lacking", [("progress", "step"), ("progress", "step", "batches", "draws")]
 )
-def test_checkpoints_of_earlier_versions_are_resumed_exactly(
-    toy: ModuleType, tmp_path: Path, lacking: tuple[str, ...]
-) -> None:
+def test_checkpoints_of_earlier_versions_are_resumed_exactly(toy, tmp_path, lacking):
     """Which counted in batches; version 0.1 in iterations."""
     changes = {"accumulation": 2, "evaluation": {"period": 4}}
     evaluated: list[int] = []

@@ -231,6 +231,7 @@ def test_without_a_folder_a_run_has_its_own(tmp_path, monkeypatch, capsys):
     command("--set", "seed=8", "--overwrite", "--output", str(folder.root))
     assert trained[3:] == [("tiny-3", "never", False), ("tiny-2", "never", True)]
     assert main_code("--overwrite", "--resume", "a.pth") == 2
+    assert main_code("--backbone", "r50", "--recipe", "tiny", "--show-config") == 2
 
 
 def main_code(*words: str) -> int:

@@ -99,17 +99,6 @@ def test_equal_to_open_clip_at_full_context(clip, weights, cache):
     np.testing.assert_allclose(rows, expected(clip, NAMES), rtol=1e-4, atol=1e-6)
 
 
-def test_the_context_is_cut(weights, cache, monkeypatch):
-    encoder = ClipTextEncoder(weights, model="tiny-test", cache=cache)
-    lengths = []
-    run = encoder._run
-    monkeypatch.setattr(
-        encoder, "_run", lambda t, length: (lengths.append(length), run(t, length))[1]
-    )
-    encoder.encode(["a cat", "a dog"])
-    assert lengths == [8]
-
-
 def test_a_tower_that_reads_padding_gets_its_full_context(clip, weights, cache):
     encoder = ClipTextEncoder(weights, model="whole-test", cache=cache)
     both_ways = tower({**CONFIG["text_cfg"], "no_causal_mask": True})
@@ -184,17 +173,6 @@ def test_synonyms_and_prompts_are_averaged(clip, weights, cache):
     np.testing.assert_allclose(built.embeddings[0], rows.mean(axis=0), rtol=1e-3, atol=1e-6)
     single = build_vocabulary(["lamp"], encoder)
     np.testing.assert_allclose(single.embeddings, expected(clip, ["a lamp"]), rtol=1e-4, atol=1e-6)
-
-
-def test_names_are_checked_before_they_are_encoded():
-    class Untouched:
-        dim = 4
-
-        def encode(self, names: object) -> np.ndarray:
-            return pytest.fail("encoded")
-
-    with pytest.raises(VocabularyError, match="cup"):
-        build_vocabulary(["cup", "cup "], Untouched())
 
 
 def test_the_compositional_encoder_gets_no_prompt():

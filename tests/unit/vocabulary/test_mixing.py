@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +79,7 @@ def rotated(rows: np.ndarray) -> np.ndarray:
     [(rotated, 20), (rotated, 3), (lambda rows: rows[::-1], 20), (lambda rows: rows[[1, 2, 0]], 3)],
     ids=["encoder", "encoder, few classes", "order", "order, few classes"],
 )
-def test_other_encoders_and_orders_are_told_by_the_shared_names(
-    change: Callable[[np.ndarray], np.ndarray], count: int
-):
+def test_other_encoders_and_orders_are_told_by_the_shared_names(change, count):
     rows = space()[:count]
     first = Vocabulary.from_arrays(NAMES[:count], rows)
     mix({"A": first, "B": Vocabulary.from_arrays(NAMES[:count], near(rows))})

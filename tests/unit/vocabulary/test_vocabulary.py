@@ -81,13 +81,6 @@ def test_normalised_rows_have_length_one():
     np.testing.assert_allclose(np.linalg.norm(vocabulary.normalised(), axis=1), 1, rtol=1e-6)
 
 
-def test_normalised_rows_are_computed_once_and_cannot_be_changed():
-    vocabulary = Vocabulary.from_arrays(["a", "b"], table(2))
-    assert vocabulary.normalised() is vocabulary.normalised()
-    with pytest.raises(ValueError, match="read-only"):
-        vocabulary.normalised()[0, 0] = 1
-
-
 def test_base_by_similarity_compares_with_the_training_classes():
     vocabulary = Vocabulary.from_arrays(["near", "far", "opposite"], [[1.0, 0.1], [1, 1], [-1, 0]])
     split = vocabulary.base_by_similarity([[5.0, 0]], threshold=0.9)

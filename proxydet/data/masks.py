@@ -365,7 +365,7 @@ def _measure(
     values_N = ((groups_B[close_N] & 0x1F) ^ 0x10).view(np.int8) - np.int8(0x10)
     lower = np.flatnonzero(more_B)
     if len(lower):
-        number = np.searchsorted(close_N, lower)
+        number = lower - np.arange(len(lower))  # how many numbers end before
         head = np.flatnonzero(np.diff(number, prepend=-1))
         groups = np.diff(head, append=len(lower))
         number, place = number[head], np.arange(len(lower)) - np.repeat(head, groups)
@@ -377,7 +377,8 @@ def _measure(
     # The first run stands alone; from the fourth on, a number is the difference to the run before the last.
     runs_M = np.diff(end_N_M, prepend=0)
     start_M = end_N_M - runs_M
-    first_M = np.append(values_N, np.zeros(1, dtype=values_N.dtype))[start_M].astype(np.int64)
+    first_M, some_M = np.zeros(len(masks), dtype=np.int64), runs_M > 0
+    first_M[some_M] = values_N[start_M[some_M]]
     low_1, high_1, area_M = _running_sums(values_N, start_M + 1, runs_M // 2)
     low_0, high_0, rest_M = _running_sums(values_N, start_M + 2, (runs_M - 1) // 2)
     wrong_M |= np.minimum(np.minimum(low_1, low_0), first_M) < 0

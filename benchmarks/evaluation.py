@@ -395,7 +395,8 @@ def _ellipses(box_M4: np.ndarray) -> np.ndarray:
 
 def report_coverage(sets: int, images: int, resamples: int) -> None:
     """Print how often a 95 % interval holds the mean over many data sets of the same size."""
-    from proxydet.evaluation.bootstrap import measures, resample, summary
+    from proxydet.evaluation.bootstrap import resample
+    from proxydet.evaluation.scoring import measures, summary
 
     draw = np.random.default_rng(7)
     rate_C = np.concatenate([np.full(10, 0.3), np.full(20, 0.05), np.full(30, 4 / images)])

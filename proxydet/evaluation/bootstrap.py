@@ -33,10 +33,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.data.config import FREQUENCIES
 from proxydet.evaluation.matching import FOUND, IGNORED, Matches
 from proxydet.evaluation.report import Interval
-from proxydet.evaluation.scoring import AREAS, IOU_THRESHOLDS_T, RECALL_THRESHOLDS_R, narrow
+from proxydet.evaluation.scoring import AREAS, RECALL_THRESHOLDS_R, measures, narrow, summary
 from proxydet.reporting import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -83,43 +82,6 @@ class Resamples:
         return {
             name: value for name, value in intervals.items() if value.high - value.low > _ROUNDING
         }
-
-
-def measures(
-    summary_A3C: Floats,
-    frequencies: Sequence[str] | None,
-    groups: Mapping[str, NDArray[np.bool_]],
-) -> dict[str, float]:
-    """Return the metrics of a `summary` by name; NaN where there is nothing to measure.
-
-    Args:
-        summary_A3C: Of average precision.
-        frequencies: C times ``"r"``, ``"c"`` or ``"f"``; None where not known.
-        groups: Named sets of categories, bool (C,).
-    """
-    all_3C = summary_A3C[0]
-    parts = dict(zip(("AP", "AP50", "AP75"), all_3C, strict=True))
-    parts |= {f"AP{area[0]}": summary_A3C[index, 0] for index, area in enumerate(AREAS) if index}
-    if frequencies:
-        frequency_C = np.array(frequencies)
-        parts |= {f"AP{value}": all_3C[0, frequency_C == value] for value in FREQUENCIES}
-    for group, mask_C in groups.items():
-        parts |= {f"{group}/AP": all_3C[0, mask_C], f"{group}/AP50": all_3C[1, mask_C]}
-    known = {name: values[~np.isnan(values)] for name, values in parts.items()}
-    return {name: float(values.mean()) if values.size else np.nan for name, values in known.items()}
-
-
-def summary(precision_ATC: Floats) -> Floats:
-    """Return what metrics are made of: the mean over IoU thresholds, and the values at 0.5 and 0.75.
-
-    Args:
-        precision_ATC: Average precision; NaN for absent categories.
-
-    Returns:
-        float64 (A, 3, C).
-    """
-    at_50, at_75 = (precision_ATC[:, np.isclose(IOU_THRESHOLDS_T, iou)] for iou in (0.5, 0.75))
-    return np.concatenate([precision_ATC.mean(axis=1, keepdims=True), at_50, at_75], axis=1)
 
 
 def resample(

@@ -24,13 +24,13 @@ from proxydet.evaluation.bootstrap import (
     WeightedPrecision,
     differences,
     resample,
-    summary,
 )
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.matching import Matches, match
 from proxydet.evaluation.openimages import ancestors_in, resample_openimages, score_openimages
 from proxydet.evaluation.report import (
+    AP_KEYS,
     CategoryScore,
     Counts,
     GroupScore,
@@ -44,9 +44,8 @@ from proxydet.evaluation.scoring import (
     Curves,
     Limits,
     Selection,
-    average_precision,
-    category_precision,
     frequency_groups,
+    mean_of_known,
     official_metrics,
     run_hotcoco,
     run_official,
@@ -301,10 +300,7 @@ def _score(
         progress=progress,
     )
     # Intervals come from our own matches: without resampling these must give the engine's average precision.
-    ours_A3C, engine_A3C = (
-        scored.resamples.whole_A3C,
-        summary(curves.average_TCA.transpose(2, 0, 1)),
-    )
+    ours_A3C, engine_A3C = scored.resamples.whole_A3C, curves.summary_A3C
     assert ours_A3C is not None
     apart_A3C = np.abs(ours_A3C - engine_A3C) > _ROUNDING
     apart_A3C |= np.isnan(ours_A3C) != np.isnan(engine_A3C)
@@ -356,7 +352,7 @@ def _type_report(
     scored: Scored, groups: Mapping[str, NDArray[np.bool_]], config: EvaluationConfig
 ) -> TypeReport:
     curves, truth = scored.curves, scored.truth
-    ap_C = category_precision(curves)
+    ap_C, ap50_C, _ = precision_3C = curves.summary_A3C[0]
     return TypeReport(
         iou_type=scored.iou_type,
         metrics=official_metrics(curves, truth.protocol, truth.frequencies),
@@ -365,16 +361,15 @@ def _type_report(
                 name=name,
                 categories=int(mask_C.sum()),
                 scored=int(np.count_nonzero(~np.isnan(ap_C[mask_C]))),
-                ap=average_precision(curves, categories=mask_C),
-                ap50=average_precision(curves, iou=0.5, categories=mask_C),
-                ap75=average_precision(curves, iou=0.75, categories=mask_C),
+                **{
+                    k: mean_of_known(row[mask_C])
+                    for k, row in zip(AP_KEYS, precision_3C, strict=True)
+                },
             )
             for name, mask_C in groups.items()
             if mask_C.any()
         ),
-        categories=_category_scores(
-            truth, scored.selection.category_S, ap_C, category_precision(curves, iou=0.5)
-        ),
+        categories=_category_scores(truth, scored.selection.category_S, ap_C, ap50_C),
         curves=curves,
         **_intervals(scored.resamples, config),
     )
@@ -399,31 +394,19 @@ def _category_scores(
     ap50_C: NDArray[np.float64],
 ) -> tuple[CategoryScore, ...]:
     categories = len(truth.category_ids)
-    training_C = truth.training_images_C
-    columns = zip(
-        truth.category_ids,
-        truth.category_names,
-        truth.frequencies or (None,) * categories,
-        (None,) * categories if training_C is None else training_C.tolist(),
-        np.bincount(truth.ann_category_A[truth.counted_A], minlength=categories).tolist(),
-        np.bincount(category_S, minlength=categories).tolist(),
-        ap_C.tolist(),
-        ap50_C.tolist(),
-        strict=True,
-    )
-    return tuple(
-        CategoryScore(
-            id=id_,
-            name=name,
-            frequency=frequency,
-            training_images=training_images,
-            annotations=annotations,
-            detections=detections,
-            ap=None if np.isnan(ap) else ap,
-            ap50=None if np.isnan(ap50) else ap50,
-        )
-        for id_, name, frequency, training_images, annotations, detections, ap, ap50 in columns
-    )
+    training_C, counted_A = truth.training_images_C, truth.counted_A
+    columns: dict[str, Sequence[Any]] = {
+        "id": truth.category_ids,
+        "name": truth.category_names,
+        "frequency": truth.frequencies or (None,) * categories,
+        "training_images": (None,) * categories if training_C is None else training_C.tolist(),
+        "annotations": np.bincount(truth.ann_category_A[counted_A], minlength=categories).tolist(),
+        "detections": np.bincount(category_S, minlength=categories).tolist(),
+        "ap": [None if np.isnan(ap) else ap for ap in ap_C.tolist()],
+        "ap50": [None if np.isnan(ap) else ap for ap in ap50_C.tolist()],
+    }
+    rows = zip(*columns.values(), strict=True)
+    return tuple(CategoryScore(**dict(zip(columns, row, strict=True))) for row in rows)
 
 
 def _counts(truth: GroundTruth, results: Results, scored: Mapping[str, Scored]) -> Counts:

@@ -19,6 +19,7 @@ FORMAT = 1
 """Of results.json; another number where keys are renamed or go."""
 _CATEGORY_COLUMNS = ("id", "name", "frequency", "training_images", "annotations")
 IOU_TYPE_NAMES = {"bbox": "box", "segm": "mask"}
+AP_KEYS = ("ap", "ap50", "ap75")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +226,7 @@ class Report:
                 "resampling": asdict(part.resampling) if part.resampling else None,
                 "groups": [
                     {
-                        prefix + key if key in ("ap", "ap50", "ap75") else key: value
+                        prefix + key if key in AP_KEYS else key: value
                         for key, value in asdict(score).items()
                     }
                     for score in part.groups

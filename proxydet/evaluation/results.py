@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate, chain, repeat
+from itertools import accumulate, chain, compress, repeat
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 
@@ -337,8 +337,8 @@ def _images_of(
     known: dict[tuple[str, ...], list[int]] = {}
     for number, name in enumerate(truth.image_names):
         parts = _parts(name)
-        for count in range(1, len(parts) + 1):
-            known.setdefault(parts[-count:], []).append(number)
+        for depth in range(1, len(parts) + 1):
+            known.setdefault(parts[-depth:], []).append(number)
     exact = {_parts(name): number for number, name in enumerate(truth.image_names)}
     dropped = {
         _parts(name)[-count:] for name in truth.store.dropped_names for count in range(1, _DEEPEST)
@@ -521,7 +521,7 @@ def _masks(
         for image, index in zip(images, wanted.tolist(), strict=True)
     ]
     try:
-        values: list[Any] = _RUNS.decode(b"[" + b",".join(text for _, text in known) + b"]")
+        values: list[Any] = _RUNS.decode(b"[" + b",".join([text for _, text in known]) + b"]")
     except (msgspec.MsgspecError, RecursionError, UnicodeError):  # of another spelling, or damaged
         values = [_json(text) for _, text in known]
     sizes = map(tuple, reading.truth.image_sizes_I2[[i for i, _ in known]].tolist())
@@ -562,7 +562,7 @@ def _masks(
     damaged = {row for key in DAMAGED_MASK for row in rows_of.get(key, ())}
     reading.masks_read += int(np.count_nonzero(mask_D >= 0))
     reading.masks_given += int(np.count_nonzero(mask_D >= 0)) + len(damaged)
-    return mask_D, [found_K[number] for number in np.flatnonzero(sound_K)], area_K[sound_K]
+    return mask_D, list(compress(found_K, sound_K.tolist())), area_K[sound_K]
 
 
 def _json(text: bytes) -> Any:

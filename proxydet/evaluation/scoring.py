@@ -23,7 +23,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -71,6 +71,11 @@ class Curves:
         average_TCA: NDArray[np.float64] = self.precision_TRCA.mean(axis=1)
         average_TCA[average_TCA < 0] = np.nan
         return average_TCA
+
+    @cached_property
+    def summary_A3C(self) -> NDArray[np.float64]:
+        """The `summary` of the average precision."""
+        return summary(self.average_TCA.transpose(2, 0, 1))
 
 
 def nothing_detected(truth: GroundTruth, limits: Limits) -> Curves:
@@ -297,7 +302,7 @@ def hotcoco_data(
     """Return annotations and selected detections as hotcoco holds them, ids being numbers from 1."""
     import hotcoco
 
-    federated = truth.protocol == "lvis"
+    federated, with_masks = truth.protocol == "lvis", iou_type == "segm"
     counted = np.flatnonzero(truth.counted_A)
     # It has no flag for annotations to ignore; an area beyond every range makes it ignore them all the same.
     ignored_A = truth.ann_ignore_A & federated
@@ -312,7 +317,7 @@ def hotcoco_data(
         ids=np.arange(len(counted)) + 1,
         area=area_A[counted],
         iscrowd=crowd_A[counted].astype(np.int64),
-        segmentation=[truth.masks[index] for index in counted] if iou_type == "segm" else None,
+        segmentation=[*map(truth.masks.__getitem__, counted.tolist())] if with_masks else None,
     )
     chosen = selection.detection_S
     table_S7 = np.column_stack(
@@ -323,11 +328,11 @@ def hotcoco_data(
             selection.category_S + 1,
         ]
     )
-    masks = None
-    if iou_type == "segm":
-        masks = [results.masks[index] for index in results.mask_D[chosen]]
+    masks: Any = None
+    if with_masks:
+        masks = [*map(results.masks.__getitem__, results.mask_D[chosen].tolist())]
     detections = annotations.load_res(table_S7, segmentation=masks)
-    if iou_type == "segm" or results.drawn_D[chosen].any():
+    if with_masks or results.drawn_D[chosen].any():
         # Its loader takes the box's area.
         detections.update_anns(ids=np.arange(len(chosen)) + 1, area=selection.area_S)
     return annotations, detections
@@ -444,6 +449,43 @@ Metrics = dict[str, float | None]
 FREQUENCY_NAMES = dict(zip(FREQUENCIES, ("rare", "common", "frequent"), strict=True))
 
 
+def summary(precision_ATC: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return what metrics are made of: the mean over IoU thresholds, and the values at 0.5 and 0.75.
+
+    Args:
+        precision_ATC: Average precision; NaN for absent categories.
+
+    Returns:
+        float64 (A, 3, C).
+    """
+    at_50, at_75 = (precision_ATC[:, np.isclose(IOU_THRESHOLDS_T, iou)] for iou in (0.5, 0.75))
+    return np.concatenate([precision_ATC.mean(axis=1, keepdims=True), at_50, at_75], axis=1)
+
+
+def measures(
+    summary_A3C: NDArray[np.float64],
+    frequencies: Sequence[str] | None,
+    groups: Mapping[str, NDArray[np.bool_]],
+) -> dict[str, float]:
+    """Return the metrics of a `summary` by name; NaN where there is nothing to measure.
+
+    Args:
+        summary_A3C: Of average precision.
+        frequencies: C times ``"r"``, ``"c"`` or ``"f"``; None where not known.
+        groups: Named sets of categories, bool (C,).
+    """
+    all_3C = summary_A3C[0]
+    parts = dict(zip(("AP", "AP50", "AP75"), all_3C, strict=True))
+    parts |= {f"AP{area[0]}": summary_A3C[index, 0] for index, area in enumerate(AREAS) if index}
+    if frequencies:
+        frequency_C = np.array(frequencies)
+        parts |= {f"AP{value}": all_3C[0, frequency_C == value] for value in FREQUENCIES}
+    for group, mask_C in groups.items():
+        parts |= {f"{group}/AP": all_3C[0, mask_C], f"{group}/AP50": all_3C[1, mask_C]}
+    means = {name: mean_of_known(values) for name, values in parts.items()}
+    return {name: np.nan if value is None else value for name, value in means.items()}
+
+
 def official_metrics(
     curves: Curves, protocol: Protocol, frequencies: tuple[str, ...] | None
 ) -> Metrics:
@@ -452,62 +494,15 @@ def official_metrics(
     LVIS: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300, ARl@300. COCO: AP, AP50, AP75, APs,
     APm, APl, AR@1, AR@10, AR@100, ARs@100, ARm@100, ARl@100. Without a limit an image: AR, ARs, ARm, ARl.
     """
-    metrics: Metrics = {
-        "AP": average_precision(curves),
-        "AP50": average_precision(curves, iou=0.5),
-        "AP75": average_precision(curves, iou=0.75),
-    }
-    for area in AREAS[1:]:
-        metrics[f"AP{area[0]}"] = average_precision(curves, area=area)
-    if protocol == "lvis" and frequencies is not None:
-        for frequency in FREQUENCIES:
-            chosen_C = np.array([value == frequency for value in frequencies])
-            metrics[f"AP{frequency}"] = average_precision(curves, categories=chosen_C)
+    precisions = measures(curves.summary_A3C, frequencies if protocol == "lvis" else None, {})
+    metrics: Metrics = {n: None if np.isnan(value) else value for n, value in precisions.items()}
+    recall_TCAM = np.where(curves.recall_TCAM > -1, curves.recall_TCAM, np.nan)
     suffixes = ["" if limit is None else f"@{limit}" for limit in curves.limits]
     for index, suffix in enumerate(suffixes):
-        metrics[f"AR{suffix}"] = average_recall(curves, limit=index)
-    for area in AREAS[1:]:
-        metrics[f"AR{area[0]}{suffixes[-1]}"] = average_recall(curves, area=area)
+        metrics[f"AR{suffix}"] = mean_of_known(recall_TCAM[:, :, 0, index])
+    for index, area in enumerate(AREAS[1:], 1):
+        metrics[f"AR{area[0]}{suffixes[-1]}"] = mean_of_known(recall_TCAM[:, :, index, -1])
     return metrics
-
-
-def average_precision(
-    curves: Curves,
-    *,
-    iou: float | None = None,
-    area: str = "all",
-    categories: NDArray[np.bool_] | None = None,
-) -> float | None:
-    """Mean precision over recalls, IoU thresholds and categories that have annotations; None if none has.
-
-    Args:
-        curves: An engine's result.
-        iou: One IoU threshold; None for the mean over 0.5, 0.55, ..., 0.95.
-        area: One of ``all``, ``small``, ``medium``, ``large``.
-        categories: Bool (C,), the categories to average over; None for all.
-    """
-    average_TC = curves.average_TCA[_at(iou), :, AREAS.index(area)]
-    if categories is not None:
-        average_TC = average_TC[:, categories]
-    return mean_of_known(average_TC)
-
-
-def average_recall(curves: Curves, *, area: str = "all", limit: int = -1) -> float | None:
-    """Mean recall over IoU thresholds and categories that have annotations; None if none has.
-
-    Args:
-        curves: An engine's result.
-        area: One of ``all``, ``small``, ``medium``, ``large``.
-        limit: Which of the engine's limits of detections.
-    """
-    recall_TC = curves.recall_TCAM[:, :, AREAS.index(area), limit]
-    return mean_of_known(np.where(recall_TC > -1, recall_TC, np.nan))
-
-
-def category_precision(curves: Curves, *, iou: float | None = None) -> NDArray[np.float64]:
-    """float64 (C,): average precision of each category; NaN for those without annotations."""
-    precision_C: NDArray[np.float64] = curves.average_TCA[_at(iou), :, 0].mean(axis=0)
-    return precision_C
 
 
 def frequency_groups(frequencies: tuple[str, ...] | None) -> dict[str, NDArray[np.bool_]]:
@@ -518,11 +513,6 @@ def frequency_groups(frequencies: tuple[str, ...] | None) -> dict[str, NDArray[n
         name: np.array([value == frequency for value in frequencies])
         for frequency, name in FREQUENCY_NAMES.items()
     }
-
-
-def _at(iou: float | None) -> slice | NDArray[np.intp]:
-    """Return which IoU thresholds are meant; None means all."""
-    return slice(None) if iou is None else np.flatnonzero(np.isclose(IOU_THRESHOLDS_T, iou))
 
 
 def mean_of_known(values: NDArray[np.float64]) -> float | None:

@@ -236,65 +236,58 @@ def mix(
     notes: list[str] = []
     for place in range(1, len(given)):
         if not union and rows[place].keys() != rows[0].keys():
-            sides = ((0, place), (place, 0))
-            only = [[n for n, k in zip(given[a].names, keys[a], strict=True) if k not in rows[b]] for a, b in sides]  # fmt: skip
+            only = {
+                titles[a]: [
+                    n for n, k in zip(given[a].names, keys[a], strict=True) if k not in rows[b]
+                ]
+                for a, b in ((0, place), (place, 0))
+            }
             raise VocabularyError(
                 "; ".join(
-                    f"only in {titles[a]}: {quote_names(names)}"
-                    for (a, _), names in zip(sides, only, strict=True)
-                    if names
+                    f"only in {of}: {quote_names(names)}" for of, names in only.items() if names
                 ),
                 hint="--union (in Python: union=True) keeps the classes of all tables, and mixes those that are in several",
             )
-    for place in range(1, len(given)):
-        shared = [key for key in keys[place] if any(key in earlier for earlier in rows[:place])]
-        if not shared:
+        before = {k: p for p in reversed(range(place)) for k in keys[place] if k in rows[p]}
+        if before:
+            earlier_CD = np.stack([given[p].normalised()[rows[p][k]] for k, p in before.items()])
+            own_CD = given[place].normalised()[[rows[place][key] for key in before]]
+            involved = dict.fromkeys([*(titles[p] for p in before.values()), titles[place]])
+            check_same_encoder(earlier_CD, own_CD, " and ".join(involved))
+        else:
             notes.append(
                 f"{titles[place]} shares no class with the tables before it: whether its text encoder is theirs was not tested"
             )
-            continue
-        before = [next(p for p in range(place) if key in rows[p]) for key in shared]
-        earlier_CD = np.stack([given[p].normalised()[rows[p][k]] for p, k in zip(before, shared, strict=True)])  # fmt: skip
-        check_same_encoder(
-            earlier_CD, given[place].normalised()[[rows[place][key] for key in shared]],
-            " and ".join(dict.fromkeys([*(titles[p] for p in before), titles[place]])),
-        )  # fmt: skip
-    columns: dict[str, list[Any]] = {name: [] for name in ("names", "embeddings", "base", *given[0].scorers)}  # fmt: skip
+    columns: dict[str, list[Any]] = {name: [] for name in ("names", *given[0].columns)}
     place_of: dict[str, int] = {}
     forgotten, torn = 0, 0
     for key in order:
-        holders = [place for place in range(len(given)) if key in rows[place]]
-        first, row = given[holders[0]], rows[holders[0]][key]
-        columns["names"].append(first.names[row])
-        place_of[first.names[row]] = holders[0]
-        columns["base"].append(first.base[row])
-        if len(holders) == 1:
-            columns["embeddings"].append(first.embeddings[row])
-            for name, values in first.scorers.items():
-                columns[name].append(values[row])
-            continue
-        hidden = set()
-        for place in holders:
-            table, at = given[place], rows[place][key]
-            if table.bias[at] != 0 or table.scale[at] != 1:
+        holders = [(p, table, rows[p][key]) for p, table in enumerate(given) if key in rows[p]]
+        place, first, row = holders[0]
+        name = first.names[row]
+        place_of[name] = place
+        made_of: dict[str, Any] = {column: values[row] for column, values in first.columns.items()}
+        if len(holders) > 1:
+            for place, table, at in holders:
+                if table.bias[at] != 0 or table.scale[at] != 1:
+                    raise VocabularyError(
+                        f"the class {name!r} of {titles[place]} is a scorer with a bias or a scale of its own, which belong to its "
+                        "embedding alone and cannot be mixed",
+                        hint="mix the tables of text first, and add the examples to the mixture with: proxydet vocab build",
+                    )
+            if len({bool(table.background[at]) for _, table, at in holders}) > 1:
                 raise VocabularyError(
-                    f"the class {first.names[row]!r} of {titles[place]} is a scorer with a bias or a scale of its own, which "
-                    "belong to its embedding alone and cannot be mixed",
-                    hint="mix the tables of text first, and add the examples to the mixture with: proxydet vocab build",
+                    f"the class {name!r} is background in some of the tables only",
+                    hint="make it background in all of them, or in none",
                 )
-            forgotten += not np.isnan(table.threshold[at])
-            hidden.add(bool(table.background[at]))
-        if len(hidden) > 1:
-            raise VocabularyError(
-                f"the class {first.names[row]!r} is background in some of the tables only",
-                hint="make it background in all of them, or in none",
-            )
-        torn += len({bool(given[place].base[rows[place][key]]) for place in holders}) > 1
-        parts = [weights[place] * given[place].normalised()[rows[place][key]] for place in holders]
-        total = sum(weights[place] for place in holders)
-        columns["embeddings"].append(np.sum(parts, axis=0, dtype=np.float64) / total)
-        for name, value in {"bias": 0, "scale": 1, "threshold": np.nan, "background": hidden.pop()}.items():  # fmt: skip
-            columns[name].append(value)
+            forgotten += sum(not np.isnan(table.threshold[at]) for _, table, at in holders)
+            torn += len({bool(table.base[at]) for _, table, at in holders}) > 1
+            parts = [weights[place] * table.normalised()[at] for place, table, at in holders]
+            total = sum(weights[place] for place, _, _ in holders)
+            mean_D = np.sum(parts, axis=0, dtype=np.float64) / total
+            made_of |= {"embeddings": mean_D.astype(np.float32), "threshold": np.nan}
+        for column, value in ({"names": name} | made_of).items():
+            columns[column].append(value)
     if forgotten:
         notes.append(
             f"{counted(forgotten, 'threshold')} of classes that are in several tables are left out: they belong to the "
@@ -302,8 +295,8 @@ def mix(
         )
     if torn:
         notes.append(f"{counted(torn, 'class', 'classes')} base in one table and novel in another: as in the first")  # fmt: skip
-    columns["embeddings"] = [np.stack(columns["embeddings"]).astype(np.float32)]
-    made = Vocabulary.from_arrays(embeddings=columns.pop("embeddings")[0], known=given[0].known, **columns)  # fmt: skip
+    embeddings_CD = np.stack(columns.pop("embeddings"))
+    made = Vocabulary.from_arrays(embeddings=embeddings_CD, known=given[0].known, **columns)
     if merge_above is not None:
         origin_C = [place_of[name] for name in made.names]  # background is behind the others
         merged = merge_alike(made, merge_above, None if len(given) == 1 else origin_C)

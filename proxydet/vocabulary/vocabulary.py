@@ -244,45 +244,37 @@ class Vocabulary:
             VocabularyError: a name is empty or there twice, or an array has the wrong shape, type or values.
         """
         checked_names = check_names(names)
-        embeddings_CD = _check_embeddings(embeddings, checked_names)
-        base_C = _check_flags("base mask", base, len(checked_names), default=True)
-        background_C = _check_flags(
-            "background mask", background, len(checked_names), default=False
-        )
-        if background_C.all():
+        count = len(checked_names)
+        columns: dict[str, Any] = {
+            "embeddings": _check_embeddings(embeddings, checked_names),
+            "base": _check_flags("base mask", base, count, default=True),
+            "bias": _check_column("bias", bias, count),
+            "scale": _check_column("scale", scale, count),
+            "threshold": _check_column("threshold", threshold, count),
+            "background": _check_flags("background mask", background, count, default=False),
+        }
+        if columns["background"].all():
             raise VocabularyError(
                 "all classes are background: there is none to detect",
                 hint="name at least one class next to the background classes",
             )
-        scorers: dict[str, Any] = {
-            "bias": _check_column("bias", bias, len(checked_names)),
-            "scale": _check_column("scale", scale, len(checked_names)),
-            "threshold": _check_column("threshold", threshold, len(checked_names)),
-            "background": background_C,
-        }
-        order_C = np.argsort(background_C, kind="stable")
+        order_C = np.argsort(columns["background"], kind="stable")
         if (np.diff(order_C) != 1).any():
             checked_names = tuple(checked_names[row] for row in order_C.tolist())
-            embeddings_CD, base_C = embeddings_CD[order_C], base_C[order_C]
-            scorers = {name: values[order_C] for name, values in scorers.items()}
-        known_RD = np.zeros((0, embeddings_CD.shape[1]), np.float32)
+            columns = {name: values[order_C] for name, values in columns.items()}
+        dimension = columns["embeddings"].shape[1]
+        known_RD = np.zeros((0, dimension), np.float32)
         if known is not None and len(np.asarray(known)):
             known_RD = _check_embeddings(known, None)
-            if known_RD.shape[1] != embeddings_CD.shape[1]:
+            if known_RD.shape[1] != dimension:
                 raise VocabularyError(
-                    f"classes known before have {known_RD.shape[1]} dimensions, the others {embeddings_CD.shape[1]}",
+                    f"classes known before have {known_RD.shape[1]} dimensions, the others {dimension}",
                     hint="embed both with the same text encoder",
                 )
-        for array in (embeddings_CD, base_C, known_RD, *scorers.values()):
+        for array in (known_RD, *columns.values()):
             array.setflags(write=False)
-        return cls(
-            names=checked_names,
-            embeddings=embeddings_CD,
-            base=base_C,
-            digest=_digest(checked_names, embeddings_CD, base_C, scorers),
-            known=known_RD,
-            **scorers,
-        )
+        digest = _digest(checked_names, columns)
+        return cls(names=checked_names, digest=digest, known=known_RD, **columns)
 
     @classmethod
     def from_names(
@@ -353,10 +345,8 @@ class Vocabulary:
             RuntimeEnvironmentError: The file cannot be written.
         """
         file = io.BytesIO()
-        arrays: dict[str, Any] = {"names": np.array(self.names), "embeddings": self.embeddings}
-        arrays["base"] = self.base
-        if len(self.known):
-            arrays["known"] = self.known
+        arrays: dict[str, Any] = {"known": self.known} if len(self.known) else {}
+        arrays |= {"names": np.array(self.names), "embeddings": self.embeddings, "base": self.base}
         arrays |= _not_plain(self.scorers)
         np.savez(file, **arrays)
         return write_bytes(Path(path), file.getvalue())
@@ -399,9 +389,18 @@ class Vocabulary:
                 hint="make plain ones with: proxydet vocab build NAMES -o FILE; calibrated classes belong to predict, eval and serve",
             )
 
+    def _changed(self, **changes: Any) -> Vocabulary:
+        given = {"names": self.names, "known": self.known, **self.columns, **changes}
+        return Vocabulary.from_arrays(**given)
+
+    @property
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """What `from_arrays` takes of each class but its name."""
+        return {"embeddings": self.embeddings, "base": self.base, **self.scorers}
+
     def with_base(self, mask: npt.ArrayLike) -> Vocabulary:
         """Return the same classes with another base mask, bool (C,)."""
-        return Vocabulary.from_arrays(self.names, self.embeddings, mask, self.known, **self.scorers)
+        return self._changed(base=mask)
 
     def with_scorers(self, **changes: npt.ArrayLike | None) -> Vocabulary:
         """Return the same classes with some of their scorers changed.
@@ -412,8 +411,7 @@ class Vocabulary:
         Raises:
             VocabularyError: one has the wrong shape, type or values.
         """
-        scorers: dict[str, npt.ArrayLike | None] = {**self.scorers, **changes}
-        return Vocabulary.from_arrays(self.names, self.embeddings, self.base, self.known, **scorers)
+        return self._changed(**changes)
 
     def joined(self, other: Vocabulary) -> Vocabulary:
         """Return these classes and those of another vocabulary behind them, each with its scorer.
@@ -426,17 +424,9 @@ class Vocabulary:
                 f"the vocabularies have {self.dimension} and {other.dimension} dimensions",
                 hint="embed both with the same text encoder",
             )
-        columns = {
-            name: np.concatenate([values, getattr(other, name)])
-            for name, values in self.scorers.items()
-        }
-        return Vocabulary.from_arrays(
-            [*self.names, *other.names],
-            np.concatenate([self.embeddings, other.embeddings]),
-            np.concatenate([self.base, other.base]),
-            self.known,
-            **columns,
-        )
+        theirs = other.columns
+        columns = {n: np.concatenate([own, theirs[n]]) for n, own in self.columns.items()}
+        return self._changed(names=[*self.names, *other.names], **columns)
 
     def with_background(self, other: Vocabulary, *, alike_above: float | None = None) -> Vocabulary:
         """Return these classes, and those of another vocabulary as background behind them.
@@ -482,9 +472,7 @@ class Vocabulary:
         Raises:
             VocabularyError: their embeddings have other dimensions.
         """
-        return Vocabulary.from_arrays(
-            self.names, self.embeddings, self.base, start.base_embeddings, **self.scorers
-        )
+        return self._changed(known=start.base_embeddings)
 
     @property
     def base_embeddings(self) -> FloatArray:
@@ -551,8 +539,7 @@ class Vocabulary:
                 hint=f"it holds {quote_names(self.names)}",
             )
         rows = [row_of[name] for name in wanted]
-        scorers = {name: values[rows] for name, values in self.scorers.items()}
-        return Vocabulary.from_arrays(wanted, self.embeddings[rows], self.base[rows], **scorers)
+        return Vocabulary.from_arrays(wanted, **{n: v[rows] for n, v in self.columns.items()})
 
     @property
     def dimension(self) -> int:
@@ -700,19 +687,15 @@ def _normalise(table: FloatArray) -> FloatArray:
     return np.asarray(table / lengths, dtype=np.float32)
 
 
-def _digest(
-    names: tuple[str, ...],
-    embeddings: FloatArray,
-    base: BoolArray,
-    scorers: Mapping[str, npt.NDArray[Any]],
-) -> str:
+def _digest(names: tuple[str, ...], columns: Mapping[str, npt.NDArray[Any]]) -> str:
     digest = hashlib.sha256()
     for name in names:
         encoded = name.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    digest.update(repr(embeddings.shape).encode())
-    digest.update(np.ascontiguousarray(embeddings, dtype="<f4").data)
-    digest.update(np.ascontiguousarray(base).data)
+    digest.update(repr(columns["embeddings"].shape).encode())
+    digest.update(np.ascontiguousarray(columns["embeddings"], dtype="<f4").data)
+    digest.update(np.ascontiguousarray(columns["base"]).data)
+    scorers = {name: columns[name] for name in _PLAIN_SCORER}
     for name, values in _not_plain(scorers).items():  # classes of text have the digest of 0.1
         digest.update(name.encode())
         digest.update(values.astype("<f4").data)

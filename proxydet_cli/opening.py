@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -76,6 +77,15 @@ class ClassOptions:
         """Whether they name classes; otherwise those of the training are meant."""
         return (self.classes, self.vocabulary, self.background) != (None, None, None)
 
+    @cached_property
+    def listed(self) -> list[str] | None:
+        """The class names that stand in ``-v``; None where it names a file, or is not given."""
+        from proxydet.vocabulary.names import split_names
+
+        if self.classes is None or _means_file(self.classes):
+            return None
+        return split_names(self.classes)
+
     @property
     def embedded(self) -> bool:
         """Whether there are names among them that a text encoder has to embed."""
@@ -129,21 +139,17 @@ class ClassOptions:
         Raises:
             VocabularyError: It cannot be used.
         """
-        from proxydet.vocabulary.names import split_names
         from proxydet.vocabulary.sources import open_vocabulary
         from proxydet_cli.commands.download import with_downloads
 
         if not self.given:
             return detector.vocabulary
-        classes, source = self.classes, self.vocabulary
-        if classes is not None and _means_file(classes):
-            classes, source = None, classes
-        chosen = split_names(classes) if classes is not None else None
+        source = self.classes or self.vocabulary
 
         def opened() -> Vocabulary:
             found = detector.vocabulary
-            if chosen is not None:
-                found = detector.resolve(chosen)
+            if self.listed is not None:
+                found = detector.resolve(self.listed)
             elif source is not None:
                 found = open_vocabulary(
                     source,
@@ -289,10 +295,18 @@ def open_detector(
     Raises:
         ProxydetError: It cannot be opened, or what it needs was not downloaded.
     """
+    from proxydet.models import trained_classes
     from proxydet_cli.commands.download import with_downloads
 
-    also = fetch_published(named, classes, yes=yes)  # before torch is loaded
-    return with_downloads(lambda: open_here(named, device=device), also=also, yes=yes)
+    also = fetch_published(named, classes, yes=yes)
+
+    def opened() -> Detector:
+        if classes is not None and classes.listed is not None:
+            # Names that cannot be embedded are refused before torch is loaded, which takes seconds.
+            trained_classes(named).resolve(classes.listed)
+        return open_here(named, device=device)
+
+    return with_downloads(opened, also=also, yes=yes)
 
 
 def open_here(named: NamedDetector, *, device: str) -> Detector:

@@ -100,6 +100,13 @@ class ShownClasses:
     names: tuple[str, ...]
     images: list[ShownImage] = field(repr=False)
     given_C: npt.NDArray[np.int64]
+    _told: set[str] = field(default_factory=set, repr=False)
+
+    def warn(self, text: str) -> None:
+        """Log a warning about exemplars, once however often they are embedded: by a detector, by CLIP, for statistics."""
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning("%s", text)
 
     @classmethod
     def of_images(cls, files: Sequence[Path]) -> ShownClasses:
@@ -354,9 +361,7 @@ def embed_shown(
                 yield image, own_K, own_AD
                 task.advance()
     if plain:
-        logger.warning(
-            "%s of one colour left out: %s", counted(len(plain), "exemplar"), first_of(plain)
-        )
+        shown.warn(f"{counted(len(plain), 'exemplar')} of one colour left out: {first_of(plain)}")
 
 
 def _is_lively(pixels_HW3: Pixels, box_4: FloatArray) -> bool:
@@ -560,20 +565,20 @@ class _Exemplars:
                 hint="give regions that show the things",
             )
         if absent := [name for row, name in enumerate(shown.names) if not rows[row]]:
-            logger.warning("no exemplars of %s: left out", first_of(absent))
+            shown.warn(f"no exemplars of {first_of(absent)}: left out")
         self.names = [shown.names[row] for row in present]
         self.embeddings = [np.stack(rows[row]) for row in present]
-        self._places = [places[row] for row in present]
+        self._places, self._shown = [places[row] for row in present], shown
 
     def report_outliers(self, made: ExemplarClasses) -> ExemplarClasses:
         """Log which exemplars were left out; return the classes."""
         for name, places, outlier_N in zip(self.names, self._places, made.outliers, strict=True):
             listed = [place for place, out in zip(places, outlier_N, strict=True) if out]
             if listed:
-                logger.warning(
-                    "%r: %s unlike the others left out: %s",
-                    name, counted(len(listed), "exemplar"), first_of(listed),
-                )  # fmt: skip
+                count = counted(len(listed), "exemplar")
+                self._shown.warn(
+                    f"{name!r}: {count} unlike the others left out: {first_of(listed)}"
+                )
         return made
 
 

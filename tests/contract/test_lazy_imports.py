@@ -237,6 +237,7 @@ def test_wrong_inputs_of_a_run_are_refused_before_torch_is_loaded(tmp_path):
         "none of the classes": [*calibrate, "plates.json"],
         "'spoon'": [*calibrate, "plates.json", "-v", "spoon"],
         "inference.tiles": ["predict", "plate.png", "--run", "run", "--tiles", "10"],
+        "does not know 'spoon'": ["predict", "plate.png", "--run", "run", "-v", "red spoon"],
         "--tiles": ["predict", "plate.png", "--run", "run", "--tile-overlap", "0.3"],
         "inference.tiles is 9": ["serve", "--run", "run", "--tiles", "9"],
         "inference.tiles is 8": ["eval", "--run", "run", "--data", "data.toml", "--tiles", "8"],

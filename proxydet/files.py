@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
-from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout, lock_descriptor
+from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from proxydet.errors import (
     ArchiveError,
@@ -144,9 +144,9 @@ def staged(target: Path, *, durable: bool = True, follow_links: bool = True) -> 
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         special = target.exists() and not target.is_file()
-    if special:
-        with write_errors(target):  # at once, where nobody reads a named pipe
+        if special:  # opened at once, where nobody reads a named pipe
             descriptor = os.open(target, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if special:
         try:
             yield target
         finally:
@@ -156,7 +156,10 @@ def staged(target: Path, *, durable: bool = True, follow_links: bool = True) -> 
         target = Path(os.path.realpath(target)) if follow_links else target
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent)
-        temporary, descriptor = _begin(target)
+        temporary = target.with_name(
+            f".{target.name[:40]}.{_process_tag()}{uuid.uuid4().hex[:8]}.tmp"
+        )
+        temporary.touch(exist_ok=False)
     _being_written.add(temporary)
     try:
         yield temporary
@@ -171,7 +174,6 @@ def staged(target: Path, *, durable: bool = True, follow_links: bool = True) -> 
                     _flush(target.parent)
     finally:
         discard(temporary)
-        os.close(descriptor)
 
 
 _being_written: set[Path] = set()
@@ -206,7 +208,8 @@ def write_json(target: Path, value: Any, *, durable: bool = True, sort_keys: boo
     return write_text(target, text + "\n", durable=durable)
 
 
-_HIDDEN = re.compile(r"\..+\.(?P<kernel>[0-9a-f]{8})[0-9a-f]{24}\.tmp")
+# The machine, and the number and start of the process that writes.
+_HIDDEN = re.compile(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{8})[0-9a-f]{8}\.tmp")
 _ABANDONED_S = 86_400.0
 _swept: set[tuple[int, str]] = set()
 
@@ -214,13 +217,12 @@ _swept: set[tuple[int, str]] = set()
 def sweep(folder: Path, *, sole_writer: bool = False) -> None:
     """Remove the hidden files of processes that were killed while they wrote in a folder.
 
-    A file that is being written is locked by its writer; the lock goes when the process does. Such a file stays. Not every
-    network file system keeps such locks, or keeps them between machines: where a lock says nothing, a file counts as abandoned
-    a day after it was last written to. Without ``sole_writer`` a process sweeps each folder once.
+    Their names say which process wrote them: one of this machine that has ended is recognised at once. Those of another machine
+    count as abandoned a day after they were last written to. Without ``sole_writer`` a process sweeps each folder once.
 
     Args:
         folder: The folder; may be absent.
-        sole_writer: Whether this process holds the folder, so that what is not locked is not waited for, whatever its age.
+        sole_writer: Whether this process holds the folder, so that other machines are not waited for.
     """
     key = (os.getpid(), str(folder))
     if key in _swept and not sole_writer:
@@ -229,42 +231,27 @@ def sweep(folder: Path, *, sole_writer: bool = False) -> None:
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             hidden = _HIDDEN.fullmatch(entry.name)
-            if hidden is None:
+            if hidden is None or not entry.is_file(follow_symlinks=False):
                 continue
+            machine, pid, start = hidden.groups()
+            here = machine == _process_tag()[:8]
             with contextlib.suppress(OSError):
-                age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-                any_age = sole_writer or age > _ABANDONED_S
-                here = hidden["kernel"] == _kernel_tag()
-                if not (any_age or here) or not entry.is_file(follow_symlinks=False):
-                    continue
-                # Opened for writing: locks over NFS ask for it.
-                descriptor = os.open(entry.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-                try:
-                    abandoned = lock_descriptor(descriptor, blocking=False)
-                except OSError as error:
-                    abandoned = any_age and error.errno in _NO_LOCKS
-                try:
-                    # Removed while it is locked, so that one who makes it just now notices.
-                    if abandoned:
-                        Path(entry.path).unlink()
-                finally:
-                    os.close(descriptor)
+                if here and int(start, 16):
+                    abandoned = _start_tag(int(pid, 16)) != start
+                else:
+                    age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                    abandoned = (sole_writer and not here) or age > _ABANDONED_S
+                if abandoned:
+                    Path(entry.path).unlink()
 
 
-def _begin(target: Path) -> tuple[Path, int]:
-    """Make the hidden file that is to become ``target``, locked for as long as the descriptor is open."""
-    while True:
-        temporary = target.with_name(
-            f".{target.name[:40]}.{_kernel_tag()}{uuid.uuid4().hex[:24]}.tmp"
-        )
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        ours = True
-        with contextlib.suppress(OSError):  # no locks here
-            ours = lock_descriptor(descriptor, blocking=False)
-        if ours and temporary.exists():
-            return temporary, descriptor
-        # A sweeping process took it for abandoned before it was locked, and removes it.
-        os.close(descriptor)
+def _process_tag() -> str:
+    machine = hashlib.sha256(_machine().encode()).hexdigest()[:8]
+    return f"{machine}{os.getpid():08x}{_start_tag(os.getpid())}"
+
+
+def _start_tag(pid: int) -> str:
+    return f"{int(_start_of(pid) or 0) % (1 << 32):08x}"
 
 
 def _flush(path: Path) -> None:
@@ -408,10 +395,7 @@ def read_text(path: Path, *, limit: int, pipe: bool = False) -> str:
         ValueError: It is larger than ``limit``, not text, or a placeholder (`refuse_placeholder`); the message says which,
             without the file's name.
     """
-    with path.open("rb") if pipe else open_regular(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"it is larger than {size_text(limit)}")
+    data = _read(path, limit, pipe=pipe)
     refuse_placeholder(data)
     encoding = next((name for mark, name in _ENCODINGS if data.startswith(mark)), "utf-8")
     try:
@@ -447,9 +431,7 @@ def read_json(
         ProxydetError: Of the class ``error``: it is absent, unreadable, too large, not JSON or not an object.
     """
     try:
-        data = _read_regular(path, limit)
-        refuse_placeholder(data)
-        value = json.loads(data)
+        value = json.loads(read_text(path, limit=limit))
         if not isinstance(value, dict):
             raise ValueError("it does not hold a JSON object")
     except FileNotFoundError as problem:
@@ -457,15 +439,13 @@ def read_json(
             return default
         raise error(f"there is no {what} {path}", hint=hint, path=path) from problem
     except (OSError, ValueError, RecursionError) as problem:
-        raise error(
-            f"the {what} {path} cannot be read: {problem}", hint=hint, path=path
-        ) from problem
+        message = f"the {what} {path} cannot be read: {problem}"
+        raise error(message, hint=hint, path=path) from problem
     return value
 
 
-def _read_regular(path: Path, limit: int) -> bytes:
-    """Return what a file holds; raises OSError where it is a pipe, ValueError for more than ``limit`` bytes."""
-    with open_regular(path) as file:
+def _read(path: Path, limit: int, *, pipe: bool = False) -> bytes:
+    with path.open("rb") if pipe else open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"it is larger than {size_text(limit)}")
@@ -491,14 +471,6 @@ def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
     return digest.hexdigest()
 
 
-class _Remembered(msgspec.Struct, frozen=True):
-    size: int
-    mtime_ns: int
-    inode: int
-    sha256: str
-    ctime_ns: int = 0
-
-
 def remembered_sha256(
     path: Path,
     memory: Path,
@@ -520,23 +492,21 @@ def remembered_sha256(
     try:
         resolved = path.resolve(strict=True)
         now = resolved.stat()
+        seen = [now.st_size, now.st_mtime_ns, now.st_ino, now.st_ctime_ns]
         key = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape")).hexdigest()[:32]
         note = memory / f"{key}.digest"
         with contextlib.suppress(OSError, ValueError):
-            known = msgspec.json.decode(_read_regular(note, _BLOCK), type=_Remembered)
-            if known == _Remembered(
-                now.st_size, now.st_mtime_ns, now.st_ino, known.sha256, now.st_ctime_ns
-            ):
-                return known.sha256
+            known = msgspec.json.decode(_read(note, _BLOCK), type=tuple[list[int], str])
+            if known[0] == seen:
+                return known[1]
         digest = sha256(resolved)
     except FileNotFoundError as problem:
         raise error(f"there is no file {path}", hint=hint, path=path) from problem
     except (OSError, RuntimeError) as problem:  # RuntimeError: links in a circle
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{path} cannot be read: {reason}", hint=hint, path=path) from problem
-    remembered = _Remembered(now.st_size, now.st_mtime_ns, now.st_ino, digest, now.st_ctime_ns)
     with contextlib.suppress(RuntimeEnvironmentError):  # a shortcut, not needed
-        write_bytes(note, msgspec.json.encode(remembered), durable=False)
+        write_bytes(note, msgspec.json.encode((seen, digest)), durable=False)
     return digest
 
 
@@ -581,11 +551,9 @@ class JsonLines:
                     cut = inside * (len(piece) if begins else cut + len(piece))
                     if inside:
                         continue
-                    try:
-                        # None: a line that is too long.
+                    record = None  # of a line that is too long
+                    with contextlib.suppress(ValueError, RecursionError):
                         record = json.loads(piece) if begins else None
-                    except (ValueError, RecursionError):
-                        record = None
                     if isinstance(record, dict):
                         yield record
                     else:
@@ -663,13 +631,12 @@ def remove_cut_line(path: Path) -> None:
     """Remove the last line of a file, which may be absent, where a crash cut it short."""
     with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
         end = size = file.seek(0, os.SEEK_END)
-        while end > 0:
+        whole = -1
+        while end > 0 and whole < 0:
             start = max(0, end - _BLOCK)
             file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            end = start + found + 1 if found >= 0 else start
-            if found >= 0:
-                break
+            whole = file.read(end - start).rfind(b"\n")
+            end = start + whole + 1
         if end < size:
             file.truncate(end)
 
@@ -714,9 +681,8 @@ class LockOwner(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         since = f" since {self.since}" if self.since else ""
-        return f"process {self.pid} on {self.host}{since}" + (
-            f" ({self.command})" if self.command else ""
-        )
+        command = f" ({self.command})" if self.command else ""
+        return f"process {self.pid} on {self.host}{since}{command}"
 
 
 class Lock:
@@ -781,37 +747,25 @@ class Lock:
         while not self._try(lease):
             if until is not None and until():
                 return
-            try:
-                marker = self.path.lstat()
-            except OSError:
+            if (touched := self._touched()) is None:
                 continue  # just released
-            touched = (marker.st_mtime_ns, marker.st_ino)
             if touched != seen:
                 seen, since, tries = touched, time.monotonic(), 0
             tries += 1
             owner = self.owner() or LockOwner("an unknown host", 0)
             here, dead = owner.is_here, owner.has_ended
             if not wait and ((here and not dead) or (first is not None and touched != first)):
-                raise LockedError(
-                    f"{self._subject} is in use by {owner}", hint=self._hint, path=self.path
-                )
+                raise self._in_use(owner)
             if first is None and not dead:
-                logger.warning(
-                    "%s is in use by %s; waiting for it%s",
-                    self._subject,
-                    owner,
-                    "" if here else f", at most {self._stale_after_s:.0f} s if it is dead",
-                )
+                most = "" if here else f", at most {self._stale_after_s:.0f} s if it is dead"
+                logger.warning("%s is in use by %s; waiting for it%s", self._subject, owner, most)
             first = first or touched
             # The library takes over by exchanging two names, which network file systems refuse: there the marker is removed.
             stale = dead and tries > 2
             if stale or time.monotonic() - since > self._stale_after_s * 1.1:
-                logger.warning(
-                    "%s: %s has ended without releasing it; taking over", self.path, owner
-                )
+                logger.warning("%s: %s ended without releasing it; taking over", self.path, owner)
                 with contextlib.suppress(OSError):
-                    now = self.path.lstat()
-                    if (now.st_mtime_ns, now.st_ino) == seen:
+                    if self._touched() == seen:
                         lease.force_break()
             time.sleep(_POLL_S)
 
@@ -844,11 +798,8 @@ class Lock:
             if same and not (mine and self.lost):
                 return
             time.sleep(pause)
-        by = (
-            f" was taken over by {now}"
-            if now is not None and now != owner
-            else " is not held any more"
-        )
+        taken = now is not None and now != owner
+        by = f" was taken over by {now}" if taken else " is not held any more"
         raise LockedError(
             f"{self._subject}{by}: its lock expired, as this process was suspended for long, or the lock was removed",
             hint="leave it to the other process, or start the same command again when that has ended",
@@ -874,18 +825,21 @@ class Lock:
                 return
             alive = now != first
         if alive:
-            raise LockedError(
-                f"{self._subject} is in use by {owner}", hint=self._hint, path=self.path
-            )
+            raise self._in_use(owner)
 
-    def _touched(self) -> int | None:
+    def _in_use(self, owner: LockOwner) -> LockedError:
+        message = f"{self._subject} is in use by {owner}"
+        return LockedError(message, hint=self._hint, path=self.path)
+
+    def _touched(self) -> tuple[int, int] | None:
         with contextlib.suppress(OSError):
-            return self.path.lstat().st_mtime_ns
+            marker = self.path.lstat()
+            return marker.st_mtime_ns, marker.st_ino
         return None
 
     def _recorded(self) -> LockOwner | None:
         with contextlib.suppress(OSError, ValueError):
-            return msgspec.json.decode(_read_regular(self._record, _BLOCK), type=LockOwner)
+            return msgspec.json.decode(_read(self._record, _BLOCK), type=LockOwner)
         return None
 
     def owner(self) -> LockOwner | None:
@@ -909,7 +863,7 @@ class Lock:
             try:
                 lease.acquire(blocking=False)
             except (Timeout, LeaseSettingsMismatch, FileNotFoundError):
-                # Its last holder may have removed it.
+                # Its last holder may have removed the folder.
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 return False
             except OSError as error:
@@ -946,23 +900,12 @@ class Lock:
 
 
 @functools.cache
-def _kernel() -> str:
-    """Return what distinguishes the kernels that run machines and containers, since each was started."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    return f"{socket.gethostname()} {uuid.getnode()}"
-
-
-@functools.cache
-def _kernel_tag() -> str:
-    return hashlib.sha256(_kernel().encode()).hexdigest()[:8]
-
-
 def _machine() -> str:
     """Return what distinguishes the machines, and the containers on one, whose process numbers can be compared."""
     with contextlib.suppress(OSError):
-        return f"{_kernel()} {Path('/proc/self/ns/pid').stat().st_ino}"
-    return _kernel()
+        booted = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{booted} {Path('/proc/self/ns/pid').stat().st_ino}"
+    return f"{socket.gethostname()} {uuid.getnode()}"
 
 
 def _start_of(pid: int) -> str:

@@ -73,12 +73,11 @@ class DetectorConfig:
         """
         parts = {key: content.get(key, {}) for key in ("data", "model", "inference")}
         settings = from_mapping(cls, parts)
-        if settings.data.masks is False:
-            # Version 0.1 gave such a run a mask head too, and never trained it.
-            return dataclasses.replace(
-                settings, model=dataclasses.replace(settings.model, masks=None)
-            )
-        return settings
+        if settings.data.masks is not False:
+            return settings
+        # Version 0.1 gave such a run a mask head too, and never trained it.
+        model = dataclasses.replace(settings.model, masks=None)
+        return dataclasses.replace(settings, model=model)
 
 
 def _published(
@@ -191,42 +190,31 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
         if config is not None:
             raise ConfigError(f"{name} has its own configuration", hint="leave --config out")
         if not path.exists():
-            if path.parent.is_dir() and "@" not in name:
-                raise _misspelt(path)
+            if path.parent.is_dir() and "@" not in name:  # ``runs/pest``: meant to be here
+                raise InputError(
+                    f"there is no {path.name} in the folder {path.parent}",
+                    hint=f"{did_you_mean(path)}name a repository of the Hugging Face hub so: {path.as_posix()}@main",
+                    path=path,
+                )
             return NamedDetector(run=fetch(name), repository=name)
         if on_hub:
-            _warn_once(
-                f"{name} is a folder here; it is used, not a repository of that name on the Hugging Face hub"
-            )
+            hub = "not a repository of that name on the Hugging Face hub"
+            _warn_once(f"{name} is a folder here; it is used, {hub}")
         return NamedDetector(run=run_in(path))
     if path.exists() and not path.is_file():
-        raise InputError(
-            f"{name} is not a file",
-            hint="give a weight file, or a run's folder with --run",
-            path=path,
-        )
+        hint = "give a weight file, or a run's folder with --run"
+        raise InputError(f"{name} is not a file", hint=hint, path=path)
     if not path.is_file():
-        raise InputError(
-            f"{name} is neither a weight file nor a published model",
-            hint=nearest(name, PUBLISHED_MODELS).strip()
-            or f"Models: {', '.join(PUBLISHED_MODELS)}; or owner/name on the Hugging Face hub",
-            path=path,
-        )
+        known = f"Models: {', '.join(PUBLISHED_MODELS)}; or owner/name on the Hugging Face hub"
+        message = f"{name} is neither a weight file nor a published model"
+        hint = nearest(name, PUBLISHED_MODELS).strip() or known
+        raise InputError(message, hint=hint, path=path)
     _refuse_export(path)
     check_weight_file(path)
     folder = run_of(path)
     if config is None and folder is not None:
         return NamedDetector(run=folder, weights=path)
     return NamedDetector(weights=path, config=check_sizes(config or "r50"))
-
-
-def _misspelt(path: Path) -> InputError:
-    """What is raised for ``runs/pest`` where ``runs`` is a folder: the hub is not asked for what was meant to be here."""
-    return InputError(
-        f"there is no {path.name} in the folder {path.parent}",
-        hint=f"{did_you_mean(path)}name a repository of the Hugging Face hub so: {path.as_posix()}@main",
-        path=path,
-    )
 
 
 def _refuse_export(path: Path) -> None:

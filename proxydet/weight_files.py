@@ -52,8 +52,7 @@ from proxydet.files import (
 )
 from proxydet.paths import list_checkpoints, models_folder
 
-# Torch takes seconds to import, and tables and the shapes in a download need none.
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import; tables and the shapes in a download need none
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -185,11 +184,14 @@ def check_weight_file(path: Path) -> None:
         RuntimeEnvironmentError: As `read_content`.
     """
     with _errors(path, _HINT):
-        with path.open("rb") as file:
-            is_safetensors = file.read(9)[8:] == b"{"
-        if not is_safetensors:
+        if not _is_safetensors(path):
             with _opened(path):
                 pass
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -219,9 +221,7 @@ def read_state_dict(
         CheckpointError: As `read_content`; or there are no parameters.
     """
     with _errors(path, hint):
-        with path.open("rb") as file:
-            is_safetensors = file.read(9)[8:] == b"{"
-        if is_safetensors:
+        if _is_safetensors(path):
             return dict(_parameters(read_safetensors(path, hint=hint)[0], path, parts))
         with _opened(path) as source:
             if _is_ours(source.described):
@@ -267,10 +267,8 @@ def read_arrays(
     Raises:
         CheckpointError: As `read_content`; or an array is absent, or of Python objects.
     """
-    with (
-        _errors(path, "write it again with numpy.savez", "an .npz archive"),
-        _open_zip(path) as archive,
-    ):
+    hint = "write it again with numpy.savez"
+    with _errors(path, hint, "an .npz archive"), _open_zip(path) as archive:
         there = set(archive.namelist())
         wanted = [*names, *(name for name in optional if f"{name}.npy" in there)]
         return {name: _read_array(archive.open(_entry(archive, f"{name}.npy"))) for name in wanted}
@@ -302,15 +300,13 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
     try:
         if not path.is_file():
             name = None
-            # A damaged catalogue has no say in which file is missing.
-            with contextlib.suppress(InputError):
+            with contextlib.suppress(InputError):  # of a damaged catalogue
                 name = None if path.exists() else Catalogue.load().name_of_source(path)
             fetched = path.absolute().is_relative_to(models_folder().absolute())
+            where = "check its path; a run's are in RUN/checkpoints, published ones come with proxydet download"
             raise CheckpointError(
                 f"the weight file {path} {'is not a file' if path.exists() else 'does not exist'}",
-                hint=f"get it with: proxydet download {name}"
-                if name
-                else "check its path; a run's are in RUN/checkpoints, published ones come with proxydet download",
+                hint=f"get it with: proxydet download {name}" if name else where,
                 path=path,
                 needs=(name,) if name and fetched else (),
             )
@@ -320,9 +316,8 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
     except (CheckpointError, RuntimeEnvironmentError):
         raise
     except PlaceholderError as error:
-        raise CheckpointError(
-            f"{path} is not {kind}: {error.what}", hint=error.remedy, path=path
-        ) from error
+        message = f"{path} is not {kind}: {error.what}"
+        raise CheckpointError(message, hint=error.remedy, path=path) from error
     except _NotAllowedError as error:
         raise CheckpointError(
             f"{path} holds more than weights, and loading it could run code ({error})",
@@ -347,9 +342,8 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
             ) from error
         if isinstance(error, senseless) or not reason:
             reason = "its content makes no sense"
-        raise CheckpointError(
-            f"{path} is damaged, or not {kind}: {reason}", hint=_remedy(path, hint), path=path
-        ) from error
+        message = f"{path} is damaged, or not {kind}: {reason}"
+        raise CheckpointError(message, hint=_remedy(path, hint), path=path) from error
 
 
 def _remedy(path: Path, hint: str) -> str:
@@ -479,9 +473,8 @@ class _ZipSource(_Source):
         entry = _entry(archive, indexes[0])
         if entry.file_size > _LARGEST_PICKLE:
             raise ValueError("its index is too large for a checkpoint")
-        self.described = _unpickle(
-            io.BytesIO(archive.read(entry)), entry.file_size, self.persistent
-        )
+        index = io.BytesIO(archive.read(entry))
+        self.described = _unpickle(index, entry.file_size, self.persistent)
 
     def opened(self, storage: _Storage) -> IO[bytes]:
         entry = _entry(self._archive, f"{self._folder}/data/{storage.key}")
@@ -696,9 +689,8 @@ class _Calls:
 
     def call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """Return what stands for the result of a function, or an object of a class, that the pickle names."""
-        where, name = (
-            (function.module, function.name) if isinstance(function, _Global) else ("", "")
-        )
+        known = function if isinstance(function, _Global) else _Global("", "")
+        where, name = known.module, known.name
         package = where.partition(".")[0]
         if (where, name) == ("collections", "OrderedDict"):
             made: dict[Any, Any] = {}
@@ -718,8 +710,11 @@ class _Calls:
             text = arguments[0]
             if isinstance(text, str) and text.lstrip("<>=|").startswith("V"):
                 raise ValueError(f"{_STRUCTURED} (numpy's dtype {text[:20]!a})")
-            known = isinstance(text, str) and _NUMPY_DTYPE.fullmatch(text)
-            return _Dtype(text) if known else _Ignored()
+            return (
+                _Dtype(text)
+                if isinstance(text, str) and _NUMPY_DTYPE.fullmatch(text)
+                else _Ignored()
+            )
         if package == "numpy" and name == "_reconstruct":
             return _Array()
         if package == "numpy" and name == "_frombuffer":
@@ -791,9 +786,8 @@ WRAPPERS = ("module.", "model.", "ema.", "network.")
 
 
 def _has_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and any(
-        hasattr(item, "shape") or _has_tensors(item) for item in value.values()
-    )
+    inner = value.values() if isinstance(value, dict) else ()
+    return any(hasattr(item, "shape") or _has_tensors(item) for item in inner)
 
 
 def _parameters(content: Any, path: Path, parts: tuple[str, ...] = ("",)) -> list[tuple[str, Any]]:
@@ -803,18 +797,12 @@ def _parameters(content: Any, path: Path, parts: tuple[str, ...] = ("",)) -> lis
         CheckpointError: There are none.
     """
     for _ in range(10):
-        if not isinstance(content, dict):
-            break
-        inner = [key for key in CONTAINERS if _has_tensors(content.get(key))]
-        if not inner:
+        there = content if isinstance(content, dict) else {}
+        if not (inner := [key for key in CONTAINERS if _has_tensors(there.get(key))]):
             break
         if len(inner) > 1:
-            logger.warning(
-                "%s holds the weights %s; those under %r are used",
-                path,
-                " and ".join(inner),
-                inner[0],
-            )
+            both = " and ".join(inner)
+            logger.warning("%s holds the weights %s; those under %r are used", path, both, inner[0])
         content = content[inner[0]]
     found: dict[str, Any] = {}
     left = _SPARE
@@ -834,10 +822,8 @@ def _parameters(content: Any, path: Path, parts: tuple[str, ...] = ("",)) -> lis
     flatten(content, "")
     found = {name.replace("_orig_mod.", ""): item for name, item in found.items()}
     found.pop("n_averaged", None)  # torch's AveragedModel counts in it
-    while wrapper := next(
-        (w for w in WRAPPERS if 2 * sum(n.startswith(w) for n in found) > len(found)), None
-    ):
-        found = {name.removeprefix(wrapper): item for name, item in found.items()}
+    while most := [w for w in WRAPPERS if 2 * sum(n.startswith(w) for n in found) > len(found)]:
+        found = {name.removeprefix(most[0]): item for name, item in found.items()}
     if not found:
         keys = [repr(key)[:40] for key in content][:5] if isinstance(content, dict) else []
         raise CheckpointError(

@@ -70,13 +70,19 @@ def archive_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def checked_name(name: str, tops: Collection[str], archive: str) -> str:
+def _refused(path: Path, what: str) -> ArchiveError:
+    return ArchiveError(
+        f"{path.name} holds {what}; that is refused.", hint=bounds.HOSTILE, path=path
+    )
+
+
+def _checked_name(name: str, tops: Collection[str], archive: Path) -> str:
     """Return the path of a member relative to the folder unpacked into, or refuse it.
 
     Args:
         name: The name as the archive gives it; a leading ``./`` and a trailing ``/`` mean nothing.
         tops: First path parts below which members may lie.
-        archive: What messages call the archive.
+        archive: The archive, for messages.
 
     Returns:
         The path with forward slashes; empty for the folder itself.
@@ -95,13 +101,10 @@ def checked_name(name: str, tops: Collection[str], archive: str) -> str:
         and len(part.encode("utf-8", errors="replace")) <= _LONGEST_PART
         for part in parts
     ):
-        raise ArchiveError(
-            f"{archive} holds a file called {name[:200]!r}, which could be written outside its folder.",
-            hint=bounds.HOSTILE,
-        )
+        raise _refused(archive, f"{name[:200]!r}, which could be written outside its folder")
     if parts[0] not in tops:
         raise ArchiveError(
-            f"{archive} holds {name[:200]!r}, but only {', '.join(sorted(tops))} may come from it.",
+            f"{archive.name} holds {name[:200]!r}, but only {', '.join(sorted(tops))} may come from it.",
             hint="It is not the archive that the catalogue describes.",
         )
     return plain
@@ -158,10 +161,8 @@ class Tar:
                 if member is None:
                     break
                 if not (member.isdir() or member.isreg()) or member.issparse():
-                    raise ArchiveError(
-                        f"{self.path.name} holds a link, a device or a sparse file, {member.name[:200]!r}; that is refused.",
-                        hint=bounds.HOSTILE,
-                    )
+                    what = f"a link, a device or a sparse file, {member.name[:200]!r}"
+                    raise _refused(self.path, what)
                 if count == bounds.MOST_MEMBERS:
                     raise bounds.too_large(self.path)
                 if not 0 <= member.size <= self._most - self._at:
@@ -191,11 +192,7 @@ class Tar:
         """Read headers."""
         self._headers += size
         if size < 0 or self._headers > _LARGEST_HEADERS:
-            raise ArchiveError(
-                f"{self.path.name} has headers of more than {_LARGEST_HEADERS} bytes for one member.",
-                hint=bounds.HOSTILE,
-                path=self.path,
-            )
+            raise _refused(self.path, f"headers of more than {_LARGEST_HEADERS} bytes for one file")
         self._last = self._take(size)
         return self._last
 
@@ -224,18 +221,13 @@ def _zip_members(archive: zipfile.ZipFile, path: Path, tops: Collection[str]) ->
     found: dict[str, zipfile.ZipInfo] = {}
     end = 0
     for entry in entries:
-        name = checked_name(entry.orig_filename, tops, path.name)
+        name = _checked_name(entry.orig_filename, tops, path)
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise ArchiveError(
-                f"{path.name} holds a link or a device, {entry.orig_filename[:200]!r}; that is refused.",
-                hint=bounds.HOSTILE,
-            )
+            raise _refused(path, f"a link or a device, {entry.orig_filename[:200]!r}")
         if entry.flag_bits & 0x1:
             raise ArchiveError(f"{path.name} is encrypted.")
         if entry.header_offset < end:
-            raise ArchiveError(
-                f"{path.name} holds files that overlap; that is refused.", hint=bounds.HOSTILE
-            )
+            raise _refused(path, "files that overlap")
         end = entry.header_offset + _LOCAL_HEADER + entry.compress_size
         if name and not entry.orig_filename.endswith("/"):
             if name in found:
@@ -300,17 +292,13 @@ def unpack(
             for provided in rule.provides:
                 inside = sum(name.startswith(f"{provided.path}/") for name in files)
                 size = files[provided.path][0] if provided.path in files else None
-                what = None
                 if not inside and size is None:
-                    what = f"does not hold {provided.path}"
-                elif provided.files not in (None, inside):
-                    what = (
-                        f"holds {counted(inside, 'file')} in {provided.path}, not {provided.files}"
-                    )
-                elif provided.size not in (None, size):
-                    what = f"holds {provided.path} of another size than published"
-                if what is not None:
-                    raise ArchiveError(f"{path.name} {what}.")
+                    raise ArchiveError(f"{path.name} does not hold {provided.path}.")
+                if provided.files not in (None, inside):
+                    what = f"{counted(inside, 'file')} in {provided.path}, not {provided.files}"
+                    raise ArchiveError(f"{path.name} holds {what}.")
+                if provided.size not in (None, size):
+                    raise ArchiveError(f"{path.name} holds {provided.path} of another size.")
         except ArchiveError:
             shutil.rmtree(staging, ignore_errors=True)  # this cannot be continued from
             raise
@@ -378,10 +366,8 @@ class _Staging:
             try:
                 yield
             except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-                raise ArchiveError(
-                    f"The archive holds {name!r} both as a file and as a folder.",
-                    hint=bounds.HOSTILE,
-                ) from error
+                message = f"The archive holds {name!r} both as a file and as a folder."
+                raise ArchiveError(message, hint=bounds.HOSTILE) from error
 
 
 def _from_zip(path: Path, tops: Collection[str], staging: _Staging, progress: Progress) -> Listing:
@@ -424,7 +410,7 @@ def _from_tar(path: Path, tops: Collection[str], staging: _Staging, progress: Pr
         progress.task(f"unpacking {path.name}", total=size, unit="B") as task,
     ):
         for member in archive:
-            name = checked_name(member.name, tops, path.name)
+            name = _checked_name(member.name, tops, path)
             if member.isdir() or not name:
                 staging.make_folder(name)
                 continue

@@ -13,19 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from proxydet.artifacts.addresses import host_of
 from proxydet.artifacts.archives import Listing, read_listing, unpack
 from proxydet.artifacts.catalogue import Artifact, Catalogue, Unpack
 from proxydet.artifacts.content import check_content
-from proxydet.artifacts.http import (
-    Client,
-    NotFoundError,
-    StoppedError,
-    TransferSettings,
-)
-from proxydet.artifacts.plan import Item, Need, Place, Plan, State
+from proxydet.artifacts.http import Client, NotFoundError, StoppedError, TransferSettings
+from proxydet.artifacts.plan import DONE, Item, Need, Place, Plan, State
 from proxydet.artifacts.transfer import Seen, Transfer, kept_bytes
 from proxydet.errors import (
     ArchiveError,
@@ -44,16 +39,8 @@ _logger = logging.getLogger(__name__)
 _FAILURES_OF_A_HOST = 3
 _MOST_ASKED = 60
 
-Status = Literal[
-    "ready", "checked", "fetched", "unpacked", "missing", "needs account",
-    "sound", "damaged", "absent", "unproven",
-]  # fmt: skip
-_VERDICTS: dict[State, Status] = {
-    State.READY: "sound",
-    State.DIFFERENT: "damaged",
-    State.ABSENT: "absent",
-    State.UNCHECKED: "unproven",
-}
+_VERDICTS = {State.READY: "sound", State.DIFFERENT: "damaged", State.ABSENT: "absent",
+             State.UNCHECKED: "unproven"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +65,7 @@ class Outcome:
 
     name: str
     """The artifact."""
-    status: Status
+    status: str
     """After fetching, ``ready``: nothing to do; ``checked``: was there, and its bytes are right; ``fetched``; ``unpacked``;
     ``missing``: its source does not have it, which was to be expected of some; ``needs account``. After verification,
     ``sound``: every byte is right; ``damaged``; ``absent``; ``unproven``: nothing is known to check its bytes against."""
@@ -285,8 +272,8 @@ class Downloader:
         started, artifact, stop = time.monotonic(), item.artifact, self._client.stop
         place, now = self._place(artifact), self._inspect(artifact)
         target = place.target
-        if now.state in (State.READY, State.NEEDS_ACCOUNT) and not self._left_archive(now):
-            return _done(now)
+        if now.state in DONE and not self._left_archive(now):
+            return self._outcome(now, now.state.value)
         folders = (target.parent, place.folder)
         absent = {p for folder in folders for p in (folder, *folder.parents) if not p.exists()}
         lock = Lock(target.with_name(f".{target.name}.lock"), subject=artifact.name)
@@ -305,14 +292,13 @@ class Downloader:
 
     def _act(self, item: Item, total: Task | None, lock: Lock) -> Outcome:
         artifact, force, place = item.artifact, self.options.force, self._place(item.artifact)
-        if item.state in (State.READY, State.NEEDS_ACCOUNT):
+        if item.state in DONE:
             if self._left_archive(item):
                 place.target.unlink(missing_ok=True)
                 _logger.info("%s: removed its archive, left by an interrupted run", artifact.name)
-            return _done(item)
-        found = item
-        if item.state in (State.UNCHECKED, State.PACKED):
-            found = self._check(place, read="unknown")
+            return self._outcome(item, item.state.value)
+        there = item.state in (State.UNCHECKED, State.PACKED)
+        found = self._check(place, read="unknown") if there else item
         if found.state is State.DIFFERENT:
             error = DigestError(
                 f"{found.path} is there, but is not {artifact.name}: {found.why.rstrip('.')}.",
@@ -322,13 +308,11 @@ class Downloader:
             if not force:
                 raise error
             _logger.warning("%s Replacing it.", error.message)
-        elif item.state in (State.UNCHECKED, State.PACKED):
-            note = found.why if found.state is State.UNCHECKED else ""
-            outcome = Outcome(
-                name=artifact.name, status="checked", path=item.path, sha256=found.sha256, note=note
-            )
+        elif there:
+            note = found.why if found.state is State.UNCHECKED or found.sha256 is None else ""
+            outcome = self._outcome(item, "checked", sha256=found.sha256, note=note)
             if found.sha256 is None:  # placed unpacked
-                return replace(outcome, note=found.why)
+                return outcome
             fetched = place.checked().get("fetched") is True
             size = place.target.stat().st_size
             self._record(place, Seen(sha256=found.sha256, size=size, holds=note or None), fetched)
@@ -343,15 +327,16 @@ class Downloader:
         except NotFoundError as error:
             if not artifact.may_be_missing:
                 raise
-            return Outcome(name=artifact.name, status="missing", path=item.path, note=error.message)
+            return self._outcome(item, "missing", note=error.message)
+
+    def _outcome(self, item: Item, status: str, **fields: Any) -> Outcome:
+        told = {"note": item.why, **fields} if item.state in DONE else fields
+        return Outcome(name=item.artifact.name, status=status, path=item.path, **told)
 
     def _left_archive(self, item: Item) -> bool:
         """Return whether a run that unpacked an archive was killed before it could remove it, as it was to."""
-        if (
-            item.artifact.unpack is None
-            or self.options.keep_archives
-            or item.state is not State.READY
-        ):
+        packed = item.artifact.unpack is not None and item.state is State.READY
+        if not packed or self.options.keep_archives:
             return False
         return self._place(item.artifact).checked().get("passing") is True
 
@@ -363,10 +348,8 @@ class Downloader:
 
             def count(change: int) -> None:
                 if lock.lost:  # this process was suspended for long
-                    raise ArtifactError(
-                        f"Another process has taken over {artifact.name}.",
-                        hint="Run the same command again.",
-                    )
+                    message = f"Another process has taken over {artifact.name}."
+                    raise ArtifactError(message, hint="Run the same command again.")
                 task.advance(change)
                 if total is not None:
                     total.advance(change)
@@ -380,15 +363,8 @@ class Downloader:
                 hint = f"{place.lock_file} holds the digest of its first use. If its source replaced the file and you trust the new one, remove the entry of {artifact.name} there."
                 raise DigestError(error.message, hint=hint, path=error.path) from error
         self._record(place, seen, fetched=True)
-        outcome = Outcome(
-            name=artifact.name,
-            status="fetched",
-            path=item.path,
-            bytes_fetched=seen.size,
-            sha256=seen.sha256,
-            address=seen.address,
-            note=seen.holds or "",
-        )
+        came = {"bytes_fetched": seen.size, "sha256": seen.sha256, "address": seen.address}
+        outcome = self._outcome(item, "fetched", note=seen.holds or "", **came)
         try:
             return self._unpack(outcome, place, keep=self.options.keep_archives)
         except ArchiveError as error:
@@ -418,14 +394,9 @@ class Downloader:
         try:
             with self._unpacking:
                 count = unpack(
-                    target,
-                    rule,
-                    folder=place.folder,
-                    listing=place.listing,
-                    digest=digest,
-                    progress=self._progress,
-                    stop=self._client.stop,
-                )
+                    target, rule, folder=place.folder, listing=place.listing, digest=digest,
+                    progress=self._progress, stop=self._client.stop,
+                )  # fmt: skip
         except ArchiveError as error:
             advice = f"Remove {target}, or give --force to fetch it again."
             hint = f"{error.hint} {advice}" if error.hint else advice
@@ -477,10 +448,9 @@ class Downloader:
         found = replace(self._check(place, read="nothing"), path=place.path)
         if found.state is not State.ABSENT:
             return found
-        if artifact.login is not None and not any(
-            map(self._client.has_credentials, artifact.addresses)
-        ):
-            return replace(found, state=State.NEEDS_ACCOUNT, why=artifact.login.how)
+        login = artifact.login
+        if login is not None and not any(map(self._client.has_credentials, artifact.addresses)):
+            return replace(found, state=State.NEEDS_ACCOUNT, why=login.how)
         kept = kept_bytes(place.target)
         return replace(found, state=State.PARTIAL if kept else State.ABSENT, kept=kept)
 
@@ -516,9 +486,8 @@ class Downloader:
         seen, there = place.first_seen(), target.stat().st_size
         size = artifact.size if seen is None else seen.size
         if size not in (None, there):
-            return Item(
-                artifact, State.DIFFERENT, target, f"it has {there} bytes instead of {size}"
-            )
+            why = f"it has {there} bytes instead of {size}"
+            return Item(artifact, State.DIFFERENT, target, why)
         digest = None if read == "all" else place.checked().get("sha256")
         if digest is None and read != "nothing":
             digest = self._sha256(target)
@@ -557,8 +526,6 @@ class Downloader:
         total = sum(size for size, _ in listed.values())
         with self._progress.task(f"checking {place.artifact.name}", total=total, unit="B") as task:
             for name, expected in listed.items():
-                if self._client.stop.is_set():
-                    raise StoppedError
                 crc = size = 0
                 try:
                     with open_regular(folder / name) as file:
@@ -570,7 +537,7 @@ class Downloader:
                     raise _unreadable(folder / name, error) from error
                 if (size, crc) != expected:
                     wrong.append(name)
-                task.advance(expected[0])
+                self._count(task, expected[0])
         if wrong:
             what = f"{len(wrong)} of {len(listed)} files are missing or changed"
             return Item(artifact, State.DIFFERENT, path, f"{what}, such as {wrong[0]}")
@@ -616,20 +583,14 @@ class Downloader:
         try:
             title, size = f"checking {path.name}", path.stat().st_size
             with self._progress.task(title, total=size, unit="B") as task:
-
-                def count(read: int) -> None:
-                    if self._client.stop.is_set():
-                        raise StoppedError
-                    task.advance(read)
-
-                return sha256(path, count)
+                return sha256(path, partial(self._count, task))
         except OSError as error:
             raise _unreadable(path, error) from error
 
-
-def _done(item: Item) -> Outcome:
-    status: Status = "ready" if item.state is State.READY else "needs account"
-    return Outcome(name=item.artifact.name, status=status, path=item.path, note=item.why)
+    def _count(self, task: Task, read: int) -> None:
+        if self._client.stop.is_set():
+            raise StoppedError
+        task.advance(read)
 
 
 def _unreadable(path: Path, error: OSError) -> ArtifactError:

@@ -138,33 +138,19 @@ class NotFoundError(TransferError):
 
 
 class RangeError(TransferError):
-    """The server does not serve the byte range asked for: it says so (416), or its response contradicts itself.
+    """The server does not serve the byte range asked for: it says so (416), or its response contradicts itself."""
 
-    Args:
-        message: What happened.
-        total: Size of its file, where it says so.
-    """
-
-    def __init__(self, message: str, total: int | None = None) -> None:
-        super().__init__(message)
-        self.total = total
+    total: int | None = None
+    """Size of its file, where it says so."""
 
 
 class RetryableError(TransferError):
-    """A failure that may pass: the same address is worth another attempt.
+    """A failure that may pass: the same address is worth another attempt."""
 
-    Args:
-        message: What happened.
-        retry_after: Seconds that the server asked to wait, if it did.
-        slow: Whether it was too slow, so that what it brought is not progress.
-    """
-
-    def __init__(
-        self, message: str, *, retry_after: float | None = None, slow: bool = False
-    ) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-        self.slow = slow
+    retry_after: float | None = None
+    """Seconds that the server asked to wait, if it did."""
+    slow = False
+    """Whether it was too slow, so that what it brought is not progress."""
 
 
 class Pace:
@@ -365,7 +351,9 @@ class Client:
         if self.stop.is_set() or self._closed.is_set():
             raise StoppedError
         if time.monotonic() > end:
-            raise RetryableError(message, slow=True)
+            late = RetryableError(message)
+            late.slow = True
+            raise late
 
     def run_in_threads(self, jobs: Sequence[Callable[[], object]], at_once: int) -> None:
         """Run jobs in threads, each of which closes its connections at its end, and wait for all.
@@ -460,14 +448,14 @@ class Response:
         self._where = where = shown(self.address)
         range_text = headers.get("Content-Range", "").strip()
         if status == 416:
+            refusal = RangeError(f"{where} does not have the requested bytes.")
             match = re.fullmatch(r"bytes \*/(\d{1,18})", range_text)
-            raise RangeError(
-                f"{where} does not have the requested bytes.", int(match[1]) if match else None
-            )
+            refusal.total = int(match[1]) if match else None
+            raise refusal
         if status in _PASSING:
-            raise RetryableError(
-                f"{where} returned status {status}.", retry_after=_retry_after(headers)
-            )
+            passing = RetryableError(f"{where} returned status {status}.")
+            passing.retry_after = _retry_after(headers)
+            raise passing
         if status in (404, 410):
             raise NotFoundError(f"{where} does not exist (status {status}).")
         if status in (401, 403, 407):
@@ -490,9 +478,7 @@ class Response:
             announced, self.length = self.length, last - self.first + 1
             beyond = self.total is not None and last >= self.total
             if self.length < 1 or announced not in (None, self.length) or beyond:
-                raise RangeError(
-                    f"{where} sends a partial response whose lengths contradict each other."
-                )
+                raise RangeError(f"{where} sends a partial response of contradicting lengths.")
         if (self.total or 0) > _LARGEST_FILE:
             raise TransferError(f"{where} announces an invalid size: {self.total} bytes.")
         etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")

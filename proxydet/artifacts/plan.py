@@ -191,6 +191,10 @@ class State(Enum):
     """It is not there, and its source wants an account for which no credentials are at hand."""
 
 
+DONE = (State.READY, State.NEEDS_ACCOUNT)
+"""The states of what is ready, or cannot be worked on."""
+
+
 @dataclass(frozen=True)
 class Item:
     """What was found for one artifact, at a glance or read through."""
@@ -252,8 +256,7 @@ class Plan:
     @property
     def todo(self) -> tuple[Item, ...]:
         """What is not ready and can be worked on."""
-        done = (State.READY, State.NEEDS_ACCOUNT)
-        return tuple(item for item in self.items if item.state not in done)
+        return tuple(item for item in self.items if item.state not in DONE)
 
     @property
     def bytes_to_fetch(self) -> int:

@@ -350,15 +350,13 @@ class Transfer:
         finally:
             self._part.close()
         not_found = all(isinstance(error, NotFoundError) for error in failures)
-        hint = (
-            f"Its source moved it. Name another with proxydet download --mirror, or put the file there yourself: {self._target}"
-            if not_found
-            else "Check the network (HTTPS_PROXY behind a proxy) or wait, then run the same command again: what was "
-            "fetched is kept. proxydet download --mirror names another source."
-        )
-        hint = next((error.hint for error in failures if error.hint), hint)
+        hint = next((error.hint for error in failures if error.hint), None)
         if self._page is not None:
             hint = f"Open {self._page} in a browser and save the file as {self._target}."
+        elif hint is None and not_found:
+            hint = f"Its source moved it. Name another with proxydet download --mirror, or put the file there yourself: {self._target}"
+        elif hint is None:
+            hint = "Check the network (HTTPS_PROXY behind a proxy) or wait, then run the same command again: what was fetched is kept. proxydet download --mirror names another source."
         wrong = any(isinstance(error, DigestError) for error in failures)
         kind = NotFoundError if not_found else DigestError if wrong else TransferError
         raise kind(" ".join(error.message for error in failures), hint=hint, path=self._target)
@@ -533,18 +531,13 @@ class Transfer:
         where = shown(response.address)
         self._ranges_seen = self._ranges_seen or response.partial
         if size is not None and response.total not in (None, size) and not response.encoded:
-            raise DigestError(
-                f"{where} serves {response.total} bytes, but {self._name} has {size}.",
-                hint=_REPLACED,
-            )
+            message = f"{where} serves {response.total} bytes, but {self._name} has {size}."
+            raise DigestError(message, hint=_REPLACED)
         if self._sha256 is None and response.encoded:
-            raise TransferError(
-                f"{where} compressed the file although no compression was requested."
-            )
+            raise TransferError(f"{where} compressed the file, which was not requested.")
         if self._sha256 is None and response.length is None and not response.chunked:
-            raise TransferError(
-                f"{where} does not send the file's size: an incomplete transfer could not be detected."
-            )
+            message = "does not send the file's size: an incomplete transfer could not be detected"
+            raise TransferError(f"{where} {message}.")
         elsewhere = RangeError(f"{where} sent other bytes than were requested.")
         if piece_end is not None:
             same = response.validator == record.validator and response.total in (None, record.total)
@@ -553,12 +546,8 @@ class Transfer:
                 raise elsewhere
             return
         require_room(part.target, (response.total or 0) - record.stored)
-        described = {
-            "address": self._address,
-            "total": response.total,
-            "validator": response.validator,
-            "etag": response.etag,
-        }
+        described = {"address": self._address, "total": response.total,
+                     "validator": response.validator, "etag": response.etag}  # fmt: skip
         if not response.partial or (record.stored == 0 and first == response.first == 0):
             self._restart(**described)
             return
@@ -591,17 +580,18 @@ class Transfer:
                 try:
                     refuse_placeholder(data)
                 except PlaceholderError as error:
-                    raise TransferError(
-                        f"What {where} sent is not {self._name}: {error.what}."
-                    ) from error
+                    message = f"What {where} sent is not {self._name}: {error.what}."
+                    raise TransferError(message) from error
             if offset + len(data) > bound:
+                if bound == self._size:
+                    raise TransferError(
+                        f"{where} sent more than the {bound} bytes of {self._name}."
+                    )
+                if announced:
+                    raise TransferError(f"{where} sent more bytes than it announced.")
                 raise TransferError(
-                    f"{where} sent more than the {self._size} bytes of {self._name}."
-                    if bound == self._size
-                    else f"{where} sent more bytes than it announced."
-                    if announced
-                    else f"{where} sent more than {size_text(bound)} without saying how much will come. If that is "
-                    "right, add the file's size to its catalogue entry."
+                    f"{where} sent more than {size_text(bound)} without saying how much will come.",
+                    hint="If that is right, add the file's size to its catalogue entry.",
                 )
             self._part.write(offset, data)
             offset += len(data)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from proxydet import files
 from proxydet.errors import (
     DataError,
     DiskFullError,
@@ -112,19 +111,6 @@ sweep(Path(sys.argv[1]), sole_writer=True)
             subprocess.run([sys.executable, "-c", self.SWEEPS, str(tmp_path)], check=True)
         assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
-    def test_without_locks_what_a_process_here_writes_is_abandoned_after_a_day_only(
-        self, tmp_path, monkeypatch
-    ):
-        def none(*_: object, **__: object) -> bool:
-            raise OSError(errno.ENOSYS, "not implemented")
-
-        monkeypatch.setattr(files, "lock_descriptor", none)
-        with staged(tmp_path / "a") as temporary:
-            temporary.write_bytes(b"whole")
-            (tmp_path / "link").symlink_to(tmp_path)  # by which this process has not looked yet
-            sweep(tmp_path / "link")
-        assert (tmp_path / "a").read_bytes() == b"whole"
-
     def test_a_link_is_followed_a_folder_refused_and_a_pipe_written_to(self, tmp_path):
         (tmp_path / "real").mkdir()
         (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
@@ -191,29 +177,6 @@ with staged(Path(sys.argv[1])) as temporary:
         assert {p.name for p in (tmp_path / "90000").iterdir()} == {*theirs, "b"}
         sweep(tmp_path / "80000", sole_writer=True)
         assert {p.name for p in (tmp_path / "80000").iterdir()} == {*theirs, "b"}
-
-    @pytest.mark.parametrize("removed", ["before", "after"])
-    def test_a_file_that_is_swept_before_it_was_locked_is_begun_again(
-        self, tmp_path, monkeypatch, removed
-    ):
-        lock, swept = files.lock_descriptor, []
-
-        def late(descriptor: int, **options: bool) -> bool:
-            if swept:
-                return lock(descriptor, **options)
-            (temporary,) = tmp_path.iterdir()
-            swept.append(temporary)
-            with temporary.open("rb") as sweeping:
-                lock(sweeping.fileno())
-                if removed == "before":
-                    temporary.unlink()
-                return lock(descriptor, **options)
-
-        monkeypatch.setattr(files, "lock_descriptor", late)
-        with staged(tmp_path / "a") as temporary:
-            temporary.write_bytes(b"whole")
-            swept[0].unlink(missing_ok=True)  # the sweeping process is slow
-        assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
 
     def test_room_is_asked_for_before(self, tmp_path):
         require_room(tmp_path / "not" / "there", 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import pickle
@@ -15,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from proxydet.artifacts import Content
 from proxydet.errors import DigestError
@@ -110,12 +107,6 @@ class TestHostileCheckpoints:
         with pytest.raises(DigestError, match="no parameters"):
             check(as_checkpoint(pickle.dumps({"model": {"x": evil}})))
 
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
-    @given(data=st.binary(max_size=400))
-    def test_any_pickle_ends_in_a_count_or_a_clear_error(self, check, data):
-        with contextlib.suppress(DigestError):
-            check(as_checkpoint(b"\x80\x02" + data))
-
 
 class TestDamagedCheckpoints:
     @pytest.mark.parametrize("legacy", [False, True])
@@ -129,12 +120,6 @@ class TestDamagedCheckpoints:
         with pytest.raises(DigestError, match="appended"):
             check(saved(STATE, legacy=True) + b"x" * 100)
 
-    def test_a_changed_byte_of_the_numbers(self, check):
-        data = bytearray(saved({"w": torch.full((1000,), 3.0)}))
-        data[data.index(np.full(10, 3.0, dtype=np.float32).tobytes()) + 20] ^= 1
-        with pytest.raises(DigestError):
-            check(bytes(data))
-
     def test_fewer_numbers_than_the_index_says(self, check):
         stream = io.BytesIO()
         with (
@@ -146,18 +131,6 @@ class TestDamagedCheckpoints:
                 cut.writestr(name, data[:-4] if "/data/" in name else data)
         with pytest.raises(DigestError, match="tensor data"):
             check(stream.getvalue())
-
-    @pytest.mark.parametrize("legacy", [False, True])
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
-    @given(
-        flips=st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 255)), min_size=1, max_size=8)
-    )
-    def test_fuzzed_ones_end_in_a_count_or_a_clear_error(self, check, legacy, flips):
-        data = bytearray(saved({"model": STATE}, legacy=legacy))
-        for at, change in flips:
-            data[at % len(data)] ^= change
-        with contextlib.suppress(DigestError):
-            check(bytes(data))
 
 
 class TestPublishedModels:
@@ -228,12 +201,6 @@ class TestTars:
         for length in (2000, 1300, 1024 + 512):
             with pytest.raises(DigestError):
                 check(self.tar("a.jpg", "b.jpg")[:length], kind="image-tar")
-
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
-    @given(data=st.binary(min_size=1, max_size=3000))
-    def test_any_bytes_are_a_tar_or_a_clear_error(self, check, data):
-        with contextlib.suppress(DigestError):
-            check(data, kind="image-tar")
 
 
 def test_what_was_fetched_is_checked_before_it_gets_its_name(downloads, server, body):

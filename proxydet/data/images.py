@@ -50,11 +50,12 @@ _MOST_SEEN = 4 * MOST_FILES
 _HEADERS_AT_ONCE = 16384
 _READERS = 8
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_DAMAGE = (
+DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError,
     # What Pillow's readers raise besides: AVIF's decoder, and tables (EXIF, TIFF) whose numbers make no sense.
     RuntimeError, struct.error, ArithmeticError, LookupError, TypeError,
 )  # fmt: skip
+"""What Pillow raises about damaged images."""
 _WHITE = (255, 255, 255, 255)
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 # What Pillow opens besides images: pages, films and containers of measurements.
@@ -233,7 +234,7 @@ def open_image(
             return _to_rgb(source, label, exif_orientation)
         with _opened(source) as image:
             return _to_rgb(image, label, exif_orientation)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise _unreadable(label, error, source) from error
 
 
@@ -249,7 +250,7 @@ def image_size(
         with _opened(source) as image:
             width, height = image.size
             swapped = exif_orientation and image.getexif().get(_ORIENTATION) in _SWAPPED
-    except _DAMAGE as error:
+    except DAMAGE as error:
         label = name or (str(source) if isinstance(source, Path | str) else "an image")
         raise _unreadable(label, error, source) from error
     return (width, height) if swapped else (height, width)

@@ -46,7 +46,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxydet._version import __version__
-from proxydet.data.images import Pixels, image_size, open_image, read_image
+from proxydet.data.images import DAMAGE, Pixels, image_size, open_image, read_image
 from proxydet.detections import Detections
 from proxydet.errors import (
     ConfigError,
@@ -453,8 +453,7 @@ def opened_image(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
             f"the image has far more pixels than the limit of {max_pixels / 1e6:g} million",
             hint=smaller,
         ) from error
-    # What Pillow raises for a header that is damaged, as `proxydet.data.images` catches it too.
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except DAMAGE as error:
         raise RequestError(
             415,
             "image-type",

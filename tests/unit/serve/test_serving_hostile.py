@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image, features
 
 KINDS = {
     "parameter",
@@ -80,6 +82,15 @@ def test_broken_pictures(client, png, tail, position, value):
     check(client.post("/api/predict", content=bytes(changed), headers=headers))
     for start in (b"\xff\xd8\xff\xe0", b"II*\0", b"MM\0*", b"BM", b"RIFF\0\0\0\0WEBPVP8 ", b"P5 "):
         check(client.post("/api/predict", content=start + tail, headers=headers))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_an_avif_whose_items_are_damaged(client):
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(stream, "AVIF")
+    body = stream.getvalue().replace(b"iloc", b"xxxx")
+    response = client.post("/api/predict", content=body, headers={"content-type": "image/avif"})
+    assert response.status_code == 415
 
 
 @shared_client

@@ -109,12 +109,10 @@ def _downloaded(repository: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    asked: dict[str, Any] = {"revision": revision, "allow_patterns": list(FILES)}
     with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
-        found = snapshot_download(
-            repository, revision=revision, allow_patterns=list(FILES), local_files_only=True
-        )
-        if all((Path(found) / file).is_file() for file in REQUIRED):
-            return Path(found)
+        found = Path(snapshot_download(repository, local_files_only=True, **asked))
+        return found if all((found / file).is_file() for file in REQUIRED) else None
     return None
 
 
@@ -228,10 +226,8 @@ def _explained(error: Exception, name: str, done: str) -> ProxydetError:
     said = str(getattr(error, "server_message", None) or "").strip().partition("\n")[0][:200]
     said = f": {said.rstrip('.')}" if said else ""
     if isinstance(error, errors.HFValidationError):
-        return InputError(
-            f"{name!r} is not a repository's name: {_first_line(error)}",
-            hint="give it as owner/name",
-        )
+        message = f"{name!r} is not a repository's name: {_first_line(error)}"
+        return InputError(message, hint="give it as owner/name")
     if isinstance(error, errors.GatedRepoError):
         return ArtifactError(
             f"{what}: {where} gives it only to those whom its owner has granted access",
@@ -261,18 +257,16 @@ def _explained(error: Exception, name: str, done: str) -> ProxydetError:
             hint="unset HF_HUB_OFFLINE, or name a run folder or a weight file",
         )
     if status is not None and status < 500 and status not in (408, 429):
-        return ArtifactError(
-            f"{what}: {where} returned status {status}{said}", hint="try again later"
-        )
+        message = f"{what}: {where} returned status {status}{said}"
+        return ArtifactError(message, hint="try again later")
     if status is None and isinstance(error, OSError) and error.errno is not None:
-        reason = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+        message = f"{what}: {error.strerror}" + (f" ({error.filename})" if error.filename else "")
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return DiskFullError(
-                f"{what}: {reason}", hint="free some space, or name another folder in HF_HOME"
-            )
+            hint = "free some space, or name another folder in HF_HOME"
+            return DiskFullError(message, hint=hint)
         if error.filename:
             return RuntimeEnvironmentError(
-                f"{what}: {reason}", hint="name a folder that can be written in HF_HOME"
+                message, hint="name a folder that can be written in HF_HOME"
             )
     reason = f"status {status}" if status is not None else _first_line(error)
     return TransferError(

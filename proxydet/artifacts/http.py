@@ -41,7 +41,6 @@ _logger = logging.getLogger(__name__)
 _HEAD_SECONDS_FOR_SIZE = 5.0
 _LARGEST_FILE = 1 << 50
 _MOST_REDIRECTS = 20
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 _BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)  # fmt: skip
 
@@ -154,18 +153,14 @@ class RetryableError(TransferError):
 
 
 class Pace:
-    """The time that a file may take from one address: a grace, and its bytes at the least speed.
+    """The time that a file may take from one address: a grace, and its bytes at the least speed, or at a limit of our own.
 
     The connections that bring one file share it: it may be used from several threads.
-
-    Args:
-        settings: Grace and least speed; a limit of our own lowers the latter.
     """
 
     def __init__(self, settings: TransferSettings) -> None:
-        self._speed = settings.least_speed
-        if settings.limit_rate is not None:
-            self._speed = min(self._speed, settings.limit_rate / settings.jobs / 4)
+        limit = float("inf") if settings.limit_rate is None else settings.limit_rate
+        self._speed = min(settings.least_speed, limit / settings.jobs / 4)
         self._started = time.monotonic()
         self._grace = settings.grace_seconds
         self._bytes = 0
@@ -197,9 +192,6 @@ class Pace:
 
 class Client:
     """Makes requests; one for all transfers of a job, as a context manager that closes its connections.
-
-    Args:
-        settings: Timeouts.
 
     Raises:
         ConfigError: The cookie file that the environment names cannot be read.
@@ -241,7 +233,7 @@ class Client:
         self, address: str, *, pinned: bool, pace: Pace, first: int = 0, last: int | None = None,
         validator: str | None = None,
     ) -> Response:  # fmt: skip
-        """Ask for a file or a byte range of it.
+        """Ask for a file or a byte range of it; the body of the response is still to be read, and to be closed.
 
         Args:
             address: Where.
@@ -250,9 +242,6 @@ class Client:
             first: Offset of the first byte wanted.
             last: Offset of the last byte wanted; None for the rest of the file.
             validator: The server's name for the version that earlier bytes came from: another version is sent whole.
-
-        Returns:
-            The response, with its body still to be read; close it (it is a context manager).
 
         Raises:
             RetryableError: A failure that may pass.
@@ -333,7 +322,7 @@ class Client:
                 raise
             _logger.debug("%s %s", response.status_code, shown(address))
             location = response.headers.get("Location")
-            if location is None or response.status_code not in _REDIRECTS:
+            if location is None or response.status_code not in (301, 302, 303, 307, 308):
                 return response
             response.close()
             session.cut()
@@ -360,14 +349,8 @@ class Client:
 
         When the wait is interrupted (Ctrl-C), `stop` is set, the threads get a moment to notice, and the interruption is
         passed on. A thread that is stuck in name resolution by then is left behind: it only ever writes to a hidden file.
-        (The threads of concurrent.futures would keep the interpreter from ending.)
-
-        Args:
-            jobs: What to run, in order.
-            at_once: In how many threads.
-
-        Raises:
-            BaseException: The first one that a job raised, after all threads have ended.
+        (The threads of concurrent.futures would keep the interpreter from ending.) The first exception of a job is raised
+        after all threads have ended.
         """
         waiting = iter(jobs)
         ended = queue.SimpleQueue[BaseException | None]()
@@ -583,11 +566,7 @@ class _Session(requests.Session):
 
 
 class _Adapter(HTTPAdapter):
-    """Reports each connection that it opens, over a proxy or not, before anything goes over it.
-
-    Args:
-        opened: Called with the socket.
-    """
+    """Reports the socket of each connection that it opens, over a proxy or not, before anything goes over it."""
 
     def __init__(self, opened: Callable[[socket.socket], None]) -> None:
         super().__init__()

@@ -437,7 +437,7 @@ def test_a_sound_set_is_sound_trained_and_scored(commands, tmp_path, kind):
 
 
 def test_check_says_what_the_commands_do(commands, tmp_path_factory):
-    run_examples(commands, tmp_path_factory, 4)
+    run_examples(commands, tmp_path_factory, 2)
 
 
 @pytest.mark.slow

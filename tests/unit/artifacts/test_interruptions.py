@@ -80,7 +80,11 @@ def start(server, tmp_path, body) -> Callable[..., subprocess.Popen[str]]:
     return begin
 
 
-FIFTY = [pytest.param(50, connections, marks=pytest.mark.slow) for connections in (1, 4)]
+FIFTY_TIMES = [
+    pytest.param(50, connections, pinned, marks=pytest.mark.slow)
+    for connections in (1, 4)
+    for pinned in (True, False)
+]
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -120,8 +124,9 @@ def kill_at_random(
     assert server.files["/thing"].sent < len(body) + kills * max(2_000_000, connections * 450_000)
 
 
-@pytest.mark.parametrize("pinned", [True, False])
-@pytest.mark.parametrize(("times", "connections"), [(2, 1), (2, 3), *FIFTY])
+@pytest.mark.parametrize(
+    ("times", "connections", "pinned"), [(2, 1, True), (2, 3, False), *FIFTY_TIMES]
+)
 def test_killed_and_resumed(start, server, tmp_path, body, times, connections, pinned):
     kill_at_random(start, server, tmp_path, body, times, connections, pinned=pinned)
 

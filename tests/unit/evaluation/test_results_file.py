@@ -677,7 +677,7 @@ def test_a_file_that_is_no_text_is_named_with_what_was_wanted(files, content, ki
         GroundTruth.load(path)
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.one_of(detection, anything), max_size=6), st.booleans())
 def test_no_detection_is_lost_silently(rows, every_mask):
     box = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}

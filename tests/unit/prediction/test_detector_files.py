@@ -27,7 +27,6 @@ from proxydet.errors import (
 )
 from proxydet.files import sha256, write_json
 from proxydet.manifest import build_manifest
-from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.models import PUBLISHED_MODELS, find_detector
 from proxydet.recipes import get_recipe
@@ -192,20 +191,6 @@ def test_without_an_encoder_the_runs_own_names_are_looked_for(run, pictures, mon
         opened.resolve(file)
 
 
-@pytest.mark.parametrize(
-    ("names", "problem"),
-    [(["red star", "red star"], "duplicate"), (["red star", " "], "is empty"), ([], "at least")],
-)
-def test_names_are_checked_before_an_encoder_is_asked_for(
-    run, monkeypatch, tmp_path, names, problem
-):
-    monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
-    (run / "text_encoder.json").unlink()
-    with pytest.raises(VocabularyError, match=problem) as caught:
-        Detector.from_run(run).resolve(names)
-    assert caught.value.hint
-
-
 def test_folders_that_are_no_runs_are_named(run, tmp_path):
     with pytest.raises(InputError, match="run folder"):
         Detector.from_run(tmp_path / "absent")
@@ -307,18 +292,6 @@ def test_a_folder_in_the_place_of_a_runs_file_is_named(run, name):
     (run / name).mkdir()
     with pytest.raises(ProxydetError, match=re.escape(name)):
         _ = Detector.from_run(run).encoder
-
-
-def test_a_checkpoint_of_another_model_is_refused(run, network):
-    with pytest.raises(CheckpointError, match=r"does not fit|trained for"):
-        Detector.from_checkpoint(
-            run / "model_final.pth", config=ModelConfig(), vocabulary=_wide(network.vocabulary)
-        )
-
-
-def _wide(vocabulary: Vocabulary) -> Vocabulary:
-    rows = np.ones((len(vocabulary), 512)) + np.eye(len(vocabulary), 512)
-    return Vocabulary.from_arrays(vocabulary.names, rows)
 
 
 def test_a_checkpoint_opens_with_a_configuration_and_its_vocabulary(run, network, pictures):

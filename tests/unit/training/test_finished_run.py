@@ -76,6 +76,7 @@ NEEDED = ["model_final.safetensors", "model_final.pth", "vocabulary.npz", "text_
 RECORDS = ["manifest.json", "environment.json"]
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_whole_run_is_finished(run, config, cli):
     assert finished_run(run, config) is not None
     words = ("train", "--recipe", "tiny", "--device", "cpu", "--output", run.root)

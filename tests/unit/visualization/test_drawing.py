@@ -125,10 +125,6 @@ def test_names_of_any_kind_are_written(name):
     assert changed(GREY, draw_objects(GREY, [item], style)).any()
 
 
-def test_an_empty_list_draws_nothing():
-    assert not changed(GREY, draw_objects(GREY, [])).any()
-
-
 def test_a_bad_font_file_is_named(tmp_path):
     bad = tmp_path / "no.ttf"
     bad.write_text("no font")

@@ -301,7 +301,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "annotation.segmentation": ("annotation", "segmentation", "neither polygons nor run lengths", "mended", "the mask is left out, the box is used"),
     "annotation.segmentation.polygons": ("annotation", "segmentation", "none of its polygons has 3 points or more, finite numbers, and coordinates within 100,000 pixels", "mended", "the mask is left out, the box is used"),
     "annotation.rle.size": ("annotation", "segmentation.size", "missing, or not the image's height and width", "mended", "the mask is left out, the box is used"),
-    "annotation.rle.counts": ("annotation", "segmentation.counts", "damaged: the run lengths do not fill the image", "mended", "the mask is left out, the box is used"),
+    "annotation.rle.counts": ("annotation", "segmentation.counts", "damaged: the run lengths do not fill the image, or the mask cannot be decoded", "mended", "the mask is left out, the box is used"),
     "annotation.crowds": ("annotation", "iscrowd", "1 on more than a tenth of the annotations", "noted", "crowds are not trained on and not scored: set iscrowd to 0 where an annotation is one object"),
     "polygon.points": ("polygon", "segmentation", "fewer than 3 points, or an odd number of coordinates", "mended", "the polygon is left out"),
     "polygon.numbers": ("polygon", "segmentation", "coordinates that are not finite numbers", "mended", "the polygon is left out"),

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from proxydet.data.masks import LARGEST_IMAGE, RunLengths
+from proxydet.data.masks import LARGEST_IMAGE, RunLengths, encode
 from proxydet.data.records import (
     AnnotationEntry,
     CategoryEntry,
@@ -35,6 +35,7 @@ from proxydet.files import open_regular, read_errors, refuse_placeholder
 
 _CHUNK = 16384
 _PIECE = 1 << 16
+_BLOCK = 1 << 22
 MOST_RUNS = 1 << 20
 """Runs of a mask, along rows or along columns."""
 LARGEST_MASK = 1 << 26
@@ -104,14 +105,14 @@ class Objects:
         size: tuple[int, int] = (0, 0),
         ignore: bool = False,
     ) -> None:
-        """Add an object; its box is the extent of its outlines or of its mask where it has one.
+        """Add an object; its box is the extent of its mask, or of its outlines where none is given.
 
         Args:
             image: Id of its image.
             label: Its class; without one it is dropped and counted.
             box: Left, top, right, bottom in pixels; one that is not four numbers is dropped and counted.
             polygons: Outlines, each x, y, x, y, ... in pixels or an `Ellipse`.
-            counts: Its mask as COCO's run lengths.
+            counts: Its mask as COCO's run lengths; empty ones are a damaged mask, which is counted.
             size: Height and width of the image, for the mask.
             ignore: Whether scoring ignores it.
         """
@@ -166,7 +167,7 @@ class Objects:
                     xywh = (left, top, right - left, bottom - top)
             elif counts is not None:
                 mask = RunLengths(counts=counts.decode(), size=size)
-                if xywh is None:
+                if counts:
                     run_lengths = {"size": list(size), "counts": counts}
                     xywh = tuple(coco_mask.toBbox(run_lengths).tolist())
             return AnnotationEntry(
@@ -175,7 +176,7 @@ class Objects:
                 category_id=number[label],
                 bbox=xywh,
                 segmentation=mask,
-                area=None if xywh is None else _area(xywh, polygons, counts, size),
+                area=None if xywh is None else _area(xywh, polygons, counts or None, size),
                 ignore=int(ignore),
             )
 
@@ -262,31 +263,10 @@ def extent(flat: Sequence[float]) -> tuple[float, float, float, float]:
 def paste(
     crop_hw: npt.NDArray[np.bool_], left: int, top: int, size: tuple[int, int]
 ) -> bytes | None:
-    """Return the run lengths of a mask that covers a part of an image; None as of `paste_rows`.
+    """Return the run lengths of a mask that covers a part of an image, without drawing the image.
 
     Args:
         crop_hw: bool (h, w).
-        left: Pixels of the image left of it.
-        top: Pixels of the image above it.
-        size: Height and width of the image.
-    """
-    flat = crop_hw.reshape(-1)
-    changes = flat[1:] != flat[:-1]
-    if not flat.size or np.count_nonzero(changes) > MOST_RUNS:
-        return None
-    inner = (np.flatnonzero(changes) + 1).tolist()
-    ends = [*[0][: int(flat[0])], *inner, *[flat.size][: int(flat[-1])]]
-    return paste_rows(np.array(ends, dtype=np.int64), crop_hw.shape[1], left, top, size)
-
-
-def paste_rows(
-    ends_E: npt.NDArray[np.int64], width: int, left: int, top: int, size: tuple[int, int]
-) -> bytes | None:
-    """Return the run lengths of a mask that covers a part of an image, without drawing it.
-
-    Args:
-        ends_E: Where, counted along its rows, each of its runs begins and ends, one after the other.
-        width: Pixels of its rows.
         left: Pixels of the image left of it.
         top: Pixels of the image above it.
         size: Height and width of the image.
@@ -294,38 +274,19 @@ def paste_rows(
     Returns:
         COCO's run lengths; None for an image too large for them, or for more runs than `MOST_RUNS`.
     """
-    height, whole = size[0], size[0] * size[1]
-    if not 0 < whole <= LARGEST_IMAGE or len(ends_E) > 2 * MOST_RUNS:
+    height, width = size
+    if not crop_hw.size or not 0 < height * width <= LARGEST_IMAGE:
         return None
-    begin, end = ends_E[0::2], ends_E[1::2]
-    begin, end = begin[end > begin], end[end > begin]
-    (y0, x0), (y1, x1) = np.divmod(begin, width), np.divmod(end - 1, width)
-    # A run is up to three rectangles: what it has of its first row, whole rows, what it has of its last.
-    none, all_of_it = np.zeros_like(y0), np.full_like(y0, width)
-    first = np.stack([y0, y0 + 1, x0, np.where(y0 == y1, x1 + 1, width)])
-    rows = np.stack([y0 + 1, y1, none, all_of_it])[:, y1 > y0 + 1]
-    last = np.stack([y1, y1 + 1, none, x1 + 1])[:, y1 > y0]
-    above, below, before, behind = np.concatenate([first, rows, last], axis=1)
-    above, below = (np.clip(y + top, 0, height) for y in (above, below))
-    before, behind = (np.clip(x + left, 0, size[1]) for x in (before, behind))
-    # Down a column the mask changes at the upper and the lower edge of each; where two meet, it does not.
-    corners = [y * (size[1] + 1) + x for y in (above, below) for x in (before, behind)]
-    edge_y, edge_x = np.divmod(_odd(np.concatenate(corners)), size[1] + 1)
-    length = edge_x[1::2] - edge_x[0::2]
-    if length.sum() > MOST_RUNS:
-        return None
-    column = np.repeat(edge_x[0::2] - np.cumsum(length) + length, length) + np.arange(length.sum())
-    changes = _odd(column * height + np.repeat(edge_y[0::2], length))
-    runs = np.diff(changes[changes < whole], prepend=0, append=whole)
-    counts: bytes = coco_mask.frPyObjects({"size": list(size), "counts": runs}, *size)["counts"]
-    return counts
-
-
-def _odd(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the values, sorted, that are there an odd number of times."""
-    found, times = np.unique(values, return_counts=True)
-    odd: npt.NDArray[np.int64] = found[times % 2 == 1]
-    return odd
+    inside = crop_hw[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
+    edges_E: list[npt.NDArray[np.int64]] = []
+    count, step = 0, max(_BLOCK // max(len(inside), 1), 1)
+    for start in range(0, inside.shape[1], step):  # some columns at a time: several bytes a pixel
+        padded = np.pad(inside[:, start : start + step].T, ((0, 0), (1, 1)))
+        column, row = np.nonzero(padded[:, 1:] != padded[:, :-1])
+        edges_E.append((column + start + max(left, 0)) * height + row + max(top, 0))
+        if (count := count + len(row)) > 2 * MOST_RUNS:
+            return None
+    return encode(np.concatenate([np.zeros(0, np.int64), *edges_E]), 1, size)[0]
 
 
 def number(value: object) -> float | None:

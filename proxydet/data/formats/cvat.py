@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from proxydet.data.formats.collected import (
+    LARGEST_MASK,
     MOST_RUNS,
     Ellipse,
     Objects,
     number,
     numbers,
     part_of_word,
-    paste_rows,
+    paste,
     refuse_entities,
     size_of,
     turned_box,
@@ -78,8 +79,8 @@ def read(source: AnnotationSource, report: StoreReport) -> Document:
                 values = numbers([shape.get(key) for key in ("cx", "cy", "rx", "ry")])
                 found.add(name, label, polygons=[Ellipse(degrees, *values)] if values else None)
             elif kind == "mask":
-                counts, box = _mask(shape, size or (0, 0))
-                found.add(name, label, box=box, counts=counts, size=size or (0, 0))
+                counts, around = _mask(shape, size or (0, 0))
+                found.add(name, label, box=around, counts=counts, size=size or (0, 0))
             else:
                 found.drop("annotation.shape")
     report.count("annotation.rotation", turned)
@@ -136,23 +137,22 @@ def _images(source: Path, labels: dict[str, None]) -> Iterator[ElementTree.Eleme
 
 def _mask(
     shape: ElementTree.Element, size: tuple[int, int]
-) -> tuple[bytes | None, list[float] | None]:
-    """Return the run lengths of a mask element, and its box where they cannot be read.
+) -> tuple[bytes, tuple[float, ...] | None]:
+    """Return the run lengths of a mask element, empty where they cannot be read, and its box.
 
     CVAT writes the runs of what the box holds, row by row, background first.
     """
     values = numbers([shape.get(key) for key in ("left", "top", "width", "height")])
     if values is None:
-        return None, None
-    left, top, width, height = (int(value) for value in values)
-    box = [float(left), float(top), float(left + width), float(top + height)]
+        return b"", None
+    left, top, width, height = map(int, values)
+    box = tuple(map(float, (left, top, left + width, top + height)))
     text = shape.get("rle") or ""
     runs = None if text.count(",") > 2 * MOST_RUNS else numbers(text.split(","))
-    sound = runs is not None and all(run >= 0 and run.is_integer() for run in runs)
-    sound = sound and sum(runs or ()) == width * height
-    inside = min(left, top, width - 1, height - 1) >= 0 and width * height <= size[0] * size[1]
-    if runs is None or not sound or not inside:
-        return None, box
-    ends_E = np.cumsum(np.array(runs, dtype=np.int64))[: len(runs) // 2 * 2]
-    counts = paste_rows(ends_E, width, left, top, size)
-    return counts, None if counts else box
+    pixels = width * height if min(left, top, width - 1, height - 1) >= 0 else 0
+    if runs is None or not 0 < pixels <= min(LARGEST_MASK, size[0] * size[1]):
+        return b"", box
+    if sum(runs) != pixels or not all(run >= 0 and run.is_integer() for run in runs):
+        return b"", box
+    crop_hw = np.repeat(np.arange(len(runs)) % 2 == 1, np.array(runs, dtype=np.int64))
+    return paste(crop_hw.reshape(height, width), left, top, size) or b"", box

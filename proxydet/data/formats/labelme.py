@@ -50,11 +50,8 @@ def read(source: AnnotationSource, _report: StoreReport) -> Document:
     Raises:
         DataError: a file cannot be read, or is not labelme's.
     """
-    found, above = (
-        Objects(),
-        source.annotations if source.annotations.is_dir() else source.annotations.parent,
-    )
-    paths = files(source.annotations)
+    found, path = Objects(), source.annotations
+    above, paths = path if path.is_dir() else path.parent, files(path)
     names: list[str] = []
     given: list[tuple[int, int] | None] = []
     shapes: list[list[dict[str, Any]]] = []
@@ -85,8 +82,8 @@ def _add_shapes(
         if kind == "mask" and len(flat) == 4:
             left, top, right, bottom = extent(flat)
             box = (left, top, right + 1, bottom + 1)
-            counts = _mask(shape.get("mask"), box, size)
-            found.add(image, label, box=None if counts else box, counts=counts, size=size)
+            counts = _mask(shape.get("mask"), box, size) or b""
+            found.add(image, label, box=box, counts=counts, size=size)
         elif kind == "rectangle":
             found.add(image, label, box=extent(flat) if len(flat) in (4, 8) else None)
         elif kind in ("polygon", "circle", "oriented_rectangle"):

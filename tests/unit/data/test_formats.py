@@ -462,6 +462,7 @@ def test_labelme_circles_masks_groups_and_lines(tmp_path):
         {"label": "dog", "shape_type": "point", "points": [[8, 8]]},
         {"label": None, "shape_type": "rectangle", "points": [[8, 8], [9, 9]]},
         {"label": "dog", "shape_type": "rectangle", "points": [[8, "x"]]},
+        {"label": "dog", "shape_type": "mask", "points": [[4, 6], [5, 7]], "mask": mask[:40]},
     ]
     path.write_text(json.dumps({**json.loads(path.read_text()), "shapes": shapes}))
     store = opened(tmp_path, tmp_path / "c")
@@ -469,12 +470,14 @@ def test_labelme_circles_masks_groups_and_lines(tmp_path):
         ("sun", pytest.approx([15, 10, 25, 20], abs=0.05)),
         ("dog", [4, 6, 6, 8]),
         ("dog", [1, 1, 9, 9]),
+        ("dog", [4, 6, 6, 8]),
     ]
     assert decode(store.rle(1), (30, 40))[6:8, 4:6].tolist() == [[True, False], [True, True]]
     assert len(store.polygons(2)) == 2
     assert store.report.examples == {
         "annotation.bbox": ["shape 7 of a.json"],
         "annotation.category_id": ["shape 6 of a.json"],
+        "annotation.rle.counts": ["shape 8 of a.json"],
         "annotation.shape": ["shape 5 of a.json"],
     }
 
@@ -557,6 +560,8 @@ def test_cvat_masks_ellipses_turned_boxes_and_subsets(tmp_path):
         [False, True, True],
         [True, False, False],
     ]
+    assert store.report.examples["annotation.rle.counts"] == ["shape 5 of a.jpg"]
+    del store.report.counts["annotation.rle.counts"]
     assert store.report.counts == {"annotation.shape": 1, "annotation.rotation": 1}
 
 
@@ -615,13 +620,15 @@ def test_small_files_with_huge_masks_take_little_memory(kind, tmp_path):
         path.write_text(json.dumps(tasks))
     tracemalloc.start()
     try:
-        store = opened(path, tmp_path / "c", tmp_path)
+        if kind == "Label Studio JSON":
+            assert opened(path, tmp_path / "c", tmp_path).has_masks
+        else:  # larger than masks are decoded
+            with pytest.raises(DataError, match="1 shape mended"):
+                opened(path, tmp_path / "c", tmp_path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 160 << 20
-    if kind == "CVAT XML":
-        assert store.column("area").tolist() == [side**2]
 
 
 def test_label_studio_strokes_turned_boxes_and_several_annotators(tmp_path):
@@ -660,6 +667,22 @@ def test_label_studio_strokes_turned_boxes_and_several_annotators(tmp_path):
         "image.annotations": 1,
         "image.unannotated": 1,
     }
+
+
+def test_label_studio_predictions_are_read_where_nothing_is_annotated(tmp_path):
+    path = write_label_studio(tmp_path, "ab")
+    tasks = json.loads(path.read_text())
+    for task in tasks:
+        task["predictions"] = task.pop("annotations")
+    path.write_text(json.dumps(tasks))
+    store = opened(path, tmp_path / "c", tmp_path / "images")
+    assert found(store)["b"] == expected("b")["b"]
+    assert store.report.examples == {"file.predictions": ["2 tasks"]}
+    tasks[0]["annotations"] = [{"result": []}]
+    path.write_text(json.dumps(tasks))
+    store = opened(path, tmp_path / "c", tmp_path / "images")
+    assert store.report.counts == {"image.unannotated": 1}
+    assert found(store) == {"a": []}
 
 
 def test_voc_outlines_are_read_next_to_their_boxes(tmp_path):

@@ -99,6 +99,17 @@ def test_masks_for_some_detections_only(files):
     assert set(run_evaluation(detections, truth, config=FAST).report.types) == {"bbox"}
 
 
+def test_what_is_no_record_is_dropped_and_counted(files, caplog):
+    truth, detections, path = files
+    path.write_text(json.dumps([*detections[:2], "no record", *detections[2:], None]))
+    results = read_results(path, truth)
+    assert_equal(results, read_results(detections, truth))
+    assert results.report.examples == {
+        "detection.record": ["position 2", f"position {len(detections) + 1}"]
+    }
+    assert "2 detections dropped: record not an object" in caplog.text
+
+
 def broken(rows: list[Any], index: int, **changes: Any) -> list[Any]:
     rows[index] = {**rows[index], **changes}
     return rows

@@ -922,8 +922,8 @@ def build_once(
     *,
     hint: str | None = None,
     stale_after_s: float = STALE_AFTER_S,
-) -> None:
-    """Return when ``path`` exists: made by ``build`` here, or by another process that was first.
+) -> bool:
+    """Return when ``path`` exists, and whether ``build`` made it here: another process may have been first.
 
     Args:
         path: The file. Its folder is made.
@@ -941,15 +941,17 @@ def build_once(
             with contextlib.suppress(ProxydetError):
                 lock.acquire(wait=False)
             lock.release()
-        return
+        return False
     try:
         lock.acquire(until=path.exists)
     except RuntimeEnvironmentError as error:
         error.hint = hint or error.hint
         raise
     try:
-        if not path.exists():
-            build(path)
+        if path.exists():
+            return False
+        build(path)
+        return True
     finally:
         lock.release()
 

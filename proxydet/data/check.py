@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -159,9 +159,8 @@ def _any_image(store: AnnotationStore, roots: tuple[Path, ...]) -> bool:
         try:
             find_image(store.file_name(row), roots)
         except DataError as error:
-            if error.path is not None and os.path.isfile(error.path):  # noqa: PTH113 - several fit
-                return True
-            continue
+            if error.path is None or not os.path.isfile(error.path):  # noqa: PTH113 - it is where several fit
+                continue
         return True
     return False
 
@@ -182,19 +181,22 @@ def compare_parts(
         Of each finding the part, what was found, and advice.
     """
     found = []
+    names_of: dict[str, dict[str, list[str]]] = {}  # by what follows the last slash
+    for part, store in stores.items():
+        names = names_of[part] = {}
+        for name in filter(None, dict.fromkeys(map(store.file_name, range(len(store))))):
+            names.setdefault(name.replace("\\", "/").rpartition("/")[2], []).append(name)
     for one, other in combinations(stores, 2):
-        by_last = {part: _by_last_name(stores[part]) for part in (one, other)}
         same: list[Path] = []
-        for last in by_last[one]:
-            if last in by_last[other]:
-                files, others = (
-                    [path for name in names[last] if (path := found_image(name, roots[part]))]
-                    for part, names in by_last.items()
-                )
-                same += _copies(files, others)
+        for last in names_of[one].keys() & names_of[other].keys():
+            files, others = (
+                [path for name in names_of[part][last] if (path := found_image(name, roots[part]))]
+                for part in (one, other)
+            )
+            same += _copies(files, others)
         if same:
             are = "is" if len(same) == 1 else "are"
-            text = f"{counted(len(same), 'image')} of {one} {are} in {other} too, e.g. {same[0]}"
+            text = f"{counted(len(same), 'image')} of {one} {are} in {other} too, e.g. {min(same)}"
             advice = "scores count images that were trained on: remove them"
             if one != "train":
                 advice = f"{other} is then no check on what was chosen by {one}: remove them"
@@ -221,15 +223,6 @@ def compare_parts(
     return found
 
 
-def _by_last_name(store: AnnotationStore) -> dict[str, list[str]]:
-    """Return the names of the images of a store, by what follows the last slash."""
-    names: dict[str, list[str]] = {}
-    for name in dict.fromkeys(map(store.file_name, range(len(store)))):
-        if name:
-            names.setdefault(name.replace("\\", "/").rpartition("/")[2], []).append(name)
-    return names
-
-
 def _copies(files: list[Path], others: list[Path]) -> list[Path]:
     """Return those of some files that are among others, or are copies of one of them."""
     by_size: dict[int, list[Path]] = {}
@@ -237,16 +230,13 @@ def _copies(files: list[Path], others: list[Path]) -> list[Path]:
         with suppress(OSError):
             by_size.setdefault(other.stat().st_size, []).append(other)
     digest = cache(sha256)
-
-    def is_copy(file: Path) -> bool:
+    found = []
+    for file in files:
         with suppress(OSError):
             of_size = by_size.get(file.stat().st_size, ())
-            return any(file.samefile(other) for other in of_size) or any(
-                digest(file) == digest(other) for other in of_size
-            )
-        return False
-
-    return [file for file in files if is_copy(file)]
+            if any(map(file.samefile, of_size)) or digest(file) in map(digest, of_size):
+                found.append(file)
+    return found
 
 
 @dataclass(kw_only=True)
@@ -258,20 +248,9 @@ class _Checker:
     findings: list[Finding] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
-    def add(
-        self,
-        part: str,
-        level: Level,
-        text: str,
-        advice: str = "",
-        deviation: str = "",
-        count: int = 0,
-    ) -> None:
-        """Add a finding to those of the next report."""
-        found = Finding(
-            part=part, level=level, text=text, advice=advice, deviation=deviation, count=count
-        )
-        self.findings.append(found)
+    def add(self, part: str, level: Level, text: str, advice: str = "", **more: Any) -> None:
+        """Add a finding to those of the next report; ``more``: its ``deviation`` and ``count``."""
+        self.findings.append(Finding(part=part, level=level, text=text, advice=advice, **more))
 
     def failed(self, part: str, error: InputError, text: str = "") -> None:
         """Add an error as a finding, with the command that fetches its file where that is absent."""
@@ -475,21 +454,14 @@ class _Checker:
             if "image.name" in store.report.counts:
                 return  # an image without a name has no file to look for
         check = open_annotated_image if self.decode else check_annotated_image
-        problems = self._problems(
-            part, len(store), lambda row: check(store.record(row), roots, True if exact else None)
-        )
-        if problems:
-            first = problems[0]
-            text = f"{len(problems)} of {len(store)} images cannot be used, e.g.: {first.message}"
-            self.failed(part, first, text)
-        elif len(store):
-            seen = "were decoded and" if self.decode else "are there and"
-            self.add(part, "ok", f"all {len(store)} images {seen} have the annotated size")
-            if not self.decode:
-                self.unchecked.append(_PIXELS)
+        turn = True if exact else None
+        seen = f"{'were decoded and' if self.decode else 'are there and'} have the annotated size"
+        self._readable(part, len(store), lambda row: check(store.record(row), roots, turn), seen)
 
-    def _problems(self, part: str, count: int, check: Callable[[int], object]) -> list[DataError]:
-        """Check images by several threads; return the errors of those that cannot be used."""
+    def _readable(
+        self, part: str, count: int, check: Callable[[int], object], seen: str, advice: str = ""
+    ) -> None:
+        """Check images by several threads, and say which cannot be used, or what was ``seen`` of all of them."""
 
         def problem(row: int) -> DataError | None:
             try:
@@ -509,7 +481,14 @@ class _Checker:
                     task.advance()
                     if found is not None:
                         problems.append(found)
-        return problems
+        if problems:
+            unusable = f"{len(problems)} of {counted(count, 'image')} cannot be used"
+            first = problems[0]
+            error = DataError(first.message, hint=advice) if advice else first
+            self.failed(part, error, f"{unusable}, e.g.: {first.message}")
+        elif count:
+            self.add(part, "ok", f"all {count} images {seen}")
+            self.unchecked += [] if self.decode else [_PIXELS]
 
     def _trainable(
         self, store: AnnotationStore, part: str, base_K: npt.NDArray[np.bool_] | None = None
@@ -522,14 +501,8 @@ class _Checker:
     def _labels(self, spec: ImageLabelSpec, vocabulary: Vocabulary, store: AnnotationStore) -> None:
         part = "image_labels"
         try:
-            images = open_label_images(
-                spec,
-                vocabulary,
-                store.categories,
-                cache=self.cache,
-                progress=self.progress,
-                warn=False,
-            )
+            opening = partial(open_label_images, cache=self.cache, progress=self.progress)
+            images = opening(spec, vocabulary, store.categories, warn=False)
         except InputError as error:
             self.failed(part, error)
             return
@@ -541,18 +514,14 @@ class _Checker:
         else:
             self.add(part, "ok", f"{counted(len(images), 'image')} with labels")
             self._deviations(images.store, part)
-        problems = []
+        advice = "fetch them again, or train with data.unreadable_images=skip"
         if self.decode:
             decode = partial(images.image, exif_orientation=True)
-            problems = self._problems(part, len(images), decode)
-        elif not isinstance(images, TarImages):  # that members of a tar are images, its index knows
+            self._readable(part, len(images), decode, "were decoded", advice)
+        elif isinstance(images, TarImages):  # that members of a tar are images, its index knows
+            self.unchecked += [_PIXELS] if len(images) else []
+        else:
             encoded = images.encoded
-            problems = self._problems(part, len(images), lambda row: require_end(encoded(row)))
-        if problems:
-            unusable = f"{len(problems)} of {counted(len(images), 'image')} cannot be used"
-            advice = "fetch them again, or train with data.unreadable_images=skip"
-            self.add(part, "error", f"{unusable}, e.g.: {problems[0].message}", advice)
-        elif len(images) and self.decode:
-            self.add(part, "ok", f"all {len(images)} images were decoded")
-        elif len(images):
-            self.unchecked.append(_PIXELS)
+            self._readable(
+                part, len(images), lambda row: require_end(encoded(row)), "are there", advice
+            )

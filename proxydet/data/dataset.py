@@ -140,21 +140,17 @@ class DatasetConfig:
                 error.message if isinstance(error, ConfigError) else f"cannot read {path}: {error}"
             )
             hint = "correct that line; proxydet data init PATH writes a config to compare with"
+            init = f"proxydet data init {shlex.quote(str(path))}"
             if isinstance(error, FileNotFoundError):
-                why = f"there is no dataset config {path}"
-                made = command_that_makes(path)
-                hint = (
-                    f"get its data and write it with: {made}"
-                    if made
-                    else f"{did_you_mean(path) or 'check the path, or '}write it with: proxydet data init PATH -o {shlex.quote(str(path))}"
-                )
+                why, made = f"there is no dataset config {path}", command_that_makes(path)
+                hint = f"{did_you_mean(path) or 'check the path, or '}write it with: proxydet data init PATH -o {shlex.quote(str(path))}"
+                hint = f"get its data and write it with: {made}" if made else hint
             elif isinstance(error, IsADirectoryError):
                 why = f"{path} is a folder, not a dataset config"
                 names = [config.as_posix() for config in sorted(path.glob("*.toml"))]
-                write = f"write one with: proxydet data init {shlex.quote(str(path))}"
-                hint = f"name one in it: {first_of(names)}" if names else write
+                hint = f"name one in it: {first_of(names)}" if names else f"write one with: {init}"
             elif path.suffix.lower() != ".toml":
-                hint = f"write one for it with: proxydet data init {shlex.quote(str(path))}"
+                hint = f"write one for it with: {init}"
             raise DataError(why, hint=hint, path=path) from error
         table = content.get("vocabulary")
         if isinstance(table, dict) and isinstance(table.get("names"), str):
@@ -313,13 +309,8 @@ class Dataset:
         else:
             table = _load_table(spec.embeddings)
             names = spec.names or tuple(category.name.strip() for category in store.categories)
-            root = store.root_category
-            if (
-                root is not None
-                and not spec.names
-                and table.ndim == 2
-                and len(table) == len(names) + 1
-            ):
+            root, extra = store.root_category, table.ndim == 2 and len(table) == len(names) + 1
+            if root is not None and not spec.names and extra:
                 # Made for all categories of the file, one of which is not a class.
                 ids = sorted([root.id, *(category.id for category in store.categories)])
                 table = np.delete(table, ids.index(root.id), axis=0)
@@ -349,9 +340,8 @@ class Dataset:
                     "novel_frequency needs categories with a 'frequency' (LVIS format)",
                     hint="list the novel classes by name: novel = [...]",
                 )
-            novel |= {
-                c.name.strip() for c in store.categories if c.frequency in spec.novel_frequency
-            }
+            rare = (c for c in store.categories if c.frequency in spec.novel_frequency)
+            novel.update(category.name.strip() for category in rare)
         return vocabulary.with_base(np.array([name not in novel for name in vocabulary.names]))
 
     @property

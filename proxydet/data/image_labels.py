@@ -160,14 +160,8 @@ class TarImages(LabelledImages):
             digest.update(key.encode("utf-8", "surrogateescape"))
         stores = cache_folder("stores") if cache is None else cache
         target = stores / f"{digest.hexdigest()[:32]}-tars-v{_VERSION}.columns"
-        indexed = False
-
-        def build(path: Path) -> None:
-            nonlocal indexed
-            indexed = True
-            _build(path, folder, tars, progress)
-
-        build_once(target, build, hint=CACHE_HINT if cache is None else None)
+        hint = CACHE_HINT if cache is None else None
+        indexed = build_once(target, lambda path: _build(path, folder, tars, progress), hint=hint)
         return cls(target, matched, indexed=indexed)
 
     def notes(self) -> list[tuple[int, str, str]]:
@@ -175,23 +169,22 @@ class TarImages(LabelledImages):
 
         What indexing found is a warning when it is found, later information; so is that tars are not used.
         """
-        found = logging.WARNING if self.indexed else logging.INFO
-        again, absent = "fetch what is named again", "get them, or train without these classes"
+        warning, info = logging.WARNING, logging.INFO
+        found, again = warning if self.indexed else info, "fetch what is named again"
         unused = (
             "tar belongs to no class and is not used",
             "tars belong to no class and are not used",
         )
-        groups = (
+        absent, named = (
+            "get them, or train without these classes",
+            "name their classes by 'map' if they have one",
+        )
+        groups: tuple[tuple[int, Sequence[str], tuple[str, ...], str], ...] = (
             (found, self.report.unreadable, ("unreadable member",), again),
             (found, self.report.damaged, ("damaged tar",), again),
             (found, self.report.empty, ("tar without images", "tars without images"), again),
-            (logging.WARNING, self.matched.missing, ("tar is missing", "tars are missing"), absent),
-            (
-                logging.INFO,
-                self.matched.without_class,
-                unused,
-                "name their classes by 'map' if they have one",
-            ),
+            (warning, self.matched.missing, ("tar is missing", "tars are missing"), absent),
+            (info, self.matched.without_class, unused, named),
         )
         return [
             (level, f"{counted(len(items), *what)}: {first_of(items, 3)}", advice)
@@ -289,11 +282,8 @@ def match_tars(
     known = [c for c in categories if c.name.strip() in row_of_name]
     row_of_synset = {c.synset: row_of_name[c.name.strip()] for c in known if c.synset}
     # What is put in first gives way to what comes later.
-    row_of_key = {
-        wnid: row_of_synset[synset]
-        for wnid, synset in synset_of_wnid().items()
-        if synset in row_of_synset
-    }
+    wnids = synset_of_wnid()
+    row_of_key = {w: row_of_synset[s] for w, s in wnids.items() if s in row_of_synset}
     row_of_key |= row_of_name | row_of_synset
     row_of_key |= {c.wnid: row_of_name[c.name.strip()] for c in known if c.wnid}
     for key, name in spec.map.items():
@@ -320,9 +310,8 @@ def match_tars(
             path=spec.tars,
         )
     missing = set(spec.map) - set(keys.values())
-    if any(keys[tar] in synset_of_wnid() for tar in found):
-        indexed = synset_of_wnid().keys() & row_of_key.keys()
-        missing |= {wnid for wnid in indexed if row_of_key[wnid] not in found.values()}
+    if any(keys[tar] in wnids for tar in found):
+        missing |= {w for w in wnids if w in row_of_key and row_of_key[w] not in found.values()}
     return TarClasses(
         class_of_tar=found,
         without_class=tuple(tar for tar in keys if tar not in found),

@@ -14,6 +14,7 @@ import io
 import math
 import os
 import posixpath
+import re
 import stat
 import struct
 import tarfile
@@ -22,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Literal
@@ -202,18 +204,17 @@ def checked_boxes(
         raise DataError(f"{where}: boxes must be of shape (boxes, 4), not {given.shape}", hint=hint)
     height, width = size
     cut = np.clip(given, 0, [width, height, width, height])
-    for problem, wrong in {
+    problems = {
         "is not four finite numbers": ~np.isfinite(given).all(axis=1),
         "has its corners exchanged": (given[:, 2:] < given[:, :2]).any(axis=1),
         f"has no pixel in the image of {width} x {height} pixels": (
-            cut[:, 2:] - cut[:, :2] < 1
-        ).any(axis=1),
-    }.items():
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            raise DataError(
-                f"{where}: box {row} (counted from 0), {given[row].tolist()}, {problem}", hint=hint
-            )
+            (cut[:, 2:] - cut[:, :2] < 1).any(axis=1)
+        ),
+    }
+    for problem, wrong in problems.items():
+        for row in np.flatnonzero(wrong)[:1]:
+            shown = f"box {row} (counted from 0), {given[row].tolist()}"
+            raise DataError(f"{where}: {shown}, {problem}", hint=hint)
     return cut.astype(np.float32)
 
 
@@ -363,8 +364,7 @@ def find_image(file_name: str, roots: Sequence[Path]) -> Path:
         )
     tried: dict[Path, str] = {}
     for root in roots:
-        candidates: list[Path] = [root / relative, root / relative.name]
-        for candidate in candidates[".." in relative.parts :]:
+        for candidate in [root / relative, root / relative.name][".." in relative.parts :]:
             if candidate in tried or not candidate.is_relative_to(root):
                 continue
             if os.path.isfile(candidate):  # noqa: PTH113 - false, no error, for a name too long for the disk
@@ -419,11 +419,7 @@ def images_below(folder: Path) -> list[Path]:
 
 def named_images_below(roots: Sequence[Path]) -> list[tuple[str, Path]]:
     """Return the images below folders, each with its path in its folder."""
-    return [
-        (image.relative_to(root).as_posix(), image)
-        for root in roots
-        for image in images_below(root)
-    ]
+    return [(i.relative_to(root).as_posix(), i) for root in roots for i in images_below(root)]
 
 
 def sizes_of(images: Sequence[Path | None]) -> Iterator[tuple[int, int] | None]:
@@ -484,8 +480,6 @@ def require_distinct_files(store: AnnotationStore, roots: Sequence[Path]) -> Non
     stems = [name.replace("\\", "/").rpartition("/")[2].rpartition(".") for name in names]
     lasts = [stem or last for stem, _, last in stems]
     counts = Counter(lasts)
-    if not names or counts.most_common(1)[0][1] == 1:
-        return
     row_of: dict[str, int] = {}
     shared: list[tuple[int, int, str]] = []
     for row, name in enumerate(names):
@@ -639,16 +633,11 @@ def _unreadable(label: str, error: Exception, source: Source | Image.Image) -> D
     elif isinstance(error, Image.DecompressionBombError):
         hint = "run on it in tiles: proxydet predict --tiles 800; in Python, call proxydet.data.images.read_large_images() first"
     elif isinstance(error, UnidentifiedImageError):
-        try:
-            start = b""
-            if isinstance(source, bytes):
-                start = source[:512]
-            elif not isinstance(source, Image.Image):
-                with open_regular(Path(source)) as file:
-                    start = file.read(512)
-            found = "" if start else "empty"
-        except OSError:
-            start, found = b"\0", ""
+        start = source[:512] if isinstance(source, bytes) else b"\0"
+        if isinstance(source, Path | str):
+            with suppress(OSError), open_regular(Path(source)) as file:
+                start = file.read(512)
+        found = "" if start else "empty"
         text = start.lstrip().lower()
         if start[4:8] == b"ftyp" and start[8:12] in _HEIC:
             found = "HEIC, which Pillow does not read by itself"
@@ -658,9 +647,7 @@ def _unreadable(label: str, error: Exception, source: Source | Image.Image) -> D
             found = "AVIF, which this Pillow does not read" if avif else "a video"
         elif known := [kind for mark, kind in _STARTS.items() if text.startswith(mark)]:
             found = known[0]
-        elif text and not any(
-            (byte < 32 and byte not in b"\t\n\r\f") or byte == 0x7F for byte in start
-        ):
+        elif text and not re.search(rb"[^\t\n\r\f -~\x80-\xff]", start):
             found = "a text file"
         why = f"it is {found}" if found else "it is not an image of a known format"
         try:
@@ -740,9 +727,8 @@ class View:
         """Return the view of a mask by nearest neighbour: bool (h, w)."""
         height, width = self.scaled
         top, left = self.offset
-        resized = Image.fromarray(mask_HW.astype(np.uint8)).resize(
-            (width, height), Image.Resampling.NEAREST
-        )
+        whole = Image.fromarray(mask_HW.astype(np.uint8))
+        resized = whole.resize((width, height), Image.Resampling.NEAREST)
         result = np.asarray(resized)[top : top + self.size[0], left : left + self.size[1]]
         return np.ascontiguousarray(result[:, ::-1] if self.mirrored else result, dtype=np.bool_)
 
@@ -789,10 +775,7 @@ def scaled_crop(
     factor = min(target / height, target / width)
     # A side never vanishes, however thin the image or small the factor.
     scaled = (max(1, int(height * factor)), max(1, int(width * factor)))
-    offset = (
-        int(max(0, scaled[0] - size) * crop_y),
-        int(max(0, scaled[1] - size) * crop_x),
-    )
+    offset = (int(max(0, scaled[0] - size) * crop_y), int(max(0, scaled[1] - size) * crop_x))
     return View(
         scaled=scaled,
         offset=offset,
@@ -820,10 +803,7 @@ def shortest_side(height: int, width: int, *, shortest: int, longest: int) -> Vi
         sides = [side * factor for side in sides]
     scaled = (max(1, int(sides[0] + 0.5)), max(1, int(sides[1] + 0.5)))
     return View(
-        scaled=scaled,
-        offset=(0, 0),
-        size=scaled,
-        factor_xy=(scaled[1] / width, scaled[0] / height),
+        scaled=scaled, offset=(0, 0), size=scaled, factor_xy=(scaled[1] / width, scaled[0] / height)
     )
 
 

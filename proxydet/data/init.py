@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -140,39 +141,27 @@ def init_dataset(
     notes = [f"{place} is of no part (train, val, test): left out" for place in found.left_out]
     notes += [f"{line}: left out" for line in found.damaged]
     notes += [f"not searched: {what}" for what in found.unsearched]
-    stores = {
-        part: AnnotationStore.open(source, cache=cache, progress=progress, warn=False)
-        for part, source in found.parts.items()
-    }
+    opened = partial(AnnotationStore.open, cache=cache, progress=progress, warn=False)
+    stores = {part: opened(source) for part, source in found.parts.items()}
     for part, store in stores.items():
         store.require_objects()
         notes += [f"{part}: {line}" if part else line for line in store.report.lines()]
     sources = {}
     for part, source in found.parts.items():
-        sources[part], more = _with_used_folders(source, stores[part], path)
-        notes += more
+        sources[part], gone = _with_used_folders(source, stores[part], path)
+        notes += [gone] if gone else []
     folders = list(dict.fromkeys(folder for source in sources.values() for folder in source.roots))
     there = len({image for folder in folders for image in images_below(folder)})
     if (over := there - sum(map(len, stores.values()))) > 0:
         why = "not annotated or left out" if found.left_out else "not annotated"
         notes.append(f"{counted(over, 'image')} in {first_of(folders)} {why}: not used")
     sources, split = _split(sources, stores, val_share, seed, notes)
-    names = tuple(
-        dict.fromkeys(
-            category.name.strip() for store in stores.values() for category in store.categories
-        )
-    )
-    stores = {
-        part: AnnotationStore.open(source, cache=cache, progress=progress, warn=False)
-        for part, source in sources.items()
-    }
+    listed = (c.name.strip() for store in stores.values() for c in store.categories)
+    names = tuple(dict.fromkeys(listed))
+    stores = {part: opened(source) for part, source in sources.items()}
     stores["train"].require_trainable()
-    notes += [
-        f"{text} ({advice})"
-        for _, text, advice in compare_parts(
-            stores, {part: source.roots for part, source in sources.items()}
-        )
-    ]
+    roots = {part: source.roots for part, source in sources.items()}
+    notes += [f"{text} ({advice})" for _, text, advice in compare_parts(stores, roots)]
     base = output.resolve().parent
     vocabulary, embedded = _embedded(names, encoder, closed=closed, progress=progress)
     text = _config_text(output.stem, names, embeddings, encoder, sources, base, found, split)
@@ -193,10 +182,8 @@ def init_dataset(
         f"proxydet train --recipe small --data {shown} --output {shlex.quote(f'runs/{output.stem}')}",
     ]
     if vocabulary is None:
-        commands[:0] = [
-            "proxydet download clip-vit-b32",
-            f"proxydet vocab build {shown} -o {table}",
-        ]
+        build = f"proxydet vocab build {shown} -o {table}"
+        commands = ["proxydet download clip-vit-b32", build, *commands]
     return InitReport(
         config=output,
         format=found.format,
@@ -220,7 +207,7 @@ def init_dataset(
 
 def _with_used_folders(
     source: AnnotationSource, store: AnnotationStore, path: Path
-) -> tuple[AnnotationSource, list[str]]:
+) -> tuple[AnnotationSource, str]:
     """Return a source with the folders in which its images are, and what to say of images that are missing or left over."""
     missing = [store.file_name(row) for row in range(len(store))]
     used: list[Path] = []
@@ -239,13 +226,13 @@ def _with_used_folders(
             hint=f"name their folder: proxydet data init {shlex.quote(str(path))} --images FOLDER",
             path=source.annotations,
         )
-    notes = []
-    if missing:
-        notes.append(
-            f"{len(missing)} of {len(store)} images of {source.annotations} are missing, e.g. {missing[0]!r}: data check "
-            "reports this as an error, and training needs data.unreadable_images=skip, or annotations without them"
-        )
-    return replace(source, images=tuple(used)), notes
+    gone = (
+        f"{len(missing)} of {len(store)} images of {source.annotations} are missing, e.g. {missing[0]!r}: data check reports "
+        "this as an error, and training needs data.unreadable_images=skip, or annotations without them"
+        if missing
+        else ""
+    )
+    return replace(source, images=tuple(used)), gone
 
 
 def _split(
@@ -300,14 +287,10 @@ def _split(
         notes.append(
             f"{2 * present - reached} of {present} classes are in one of the two parts only: they have too few images"
         )
-    parts = {
-        name: replace(source, share=share, seed=best)
-        for name, share in (("train", (0.0, edge)), ("val", (edge, 1.0)))
-    }
-    return (
-        parts,
-        f"not split: {count - kept} images to train on and {kept} for validation, by seed {best}",
-    )
+    shares = {"train": (0.0, edge), "val": (edge, 1.0)}
+    held = f"{count - kept} images to train on and {kept} for validation, by seed {best}"
+    parts = {name: replace(source, share=share, seed=best) for name, share in shares.items()}
+    return parts, f"not split: {held}"
 
 
 def _embedded(
@@ -367,27 +350,18 @@ def _config_text(
     found: FoundData,
     split: str,
 ) -> str:
-    lines = [
-        f"# {found.format}; {split}",
-        f"name = {json_text(name)}",
-        "",
-        "[vocabulary]",
-        f"embeddings = {json_text(embeddings.name)}",
-        *([f"encoder = {json_text(_relative(encoder, base))}"] if encoder else []),
-        "names = [" + ", ".join(json_text(class_name) for class_name in names) + "]",
-    ]
+    listed = ", ".join(json_text(class_name) for class_name in names)
+    lines = [f"# {found.format}; {split}", f"name = {json_text(name)}", "", "[vocabulary]"]
+    lines += [f"embeddings = {json_text(embeddings.name)}"]
+    lines += [f"encoder = {json_text(_relative(encoder, base))}"] if encoder else []
+    lines += [f"names = [{listed}]"]
     for part, source in sources.items():
         roots = [json_text(_relative(folder, base)) for folder in source.roots]
-        lines += [
-            "",
-            f"[{part}]",
-            f"annotations = {json_text(_relative(source.annotations, base))}",
-        ]
+        lines += ["", f"[{part}]"]
+        lines += [f"annotations = {json_text(_relative(source.annotations, base))}"]
         lines += [f"images = {roots[0] if len(roots) == 1 else '[' + ', '.join(roots) + ']'}"]
         lines += [f"part = {json_text(source.part)}"] if source.part else []
         if source.share is not None:
-            lines += [
-                f"share = [{source.share[0]!r}, {source.share[1]!r}]",
-                f"seed = {source.seed}",
-            ]
+            low, high = source.share
+            lines += [f"share = [{low!r}, {high!r}]", f"seed = {source.seed}"]
     return "\n".join([*lines, ""])

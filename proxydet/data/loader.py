@@ -166,14 +166,14 @@ class Targets:
             masks=masks is not False,
         )
         usable = targets.usable(store)
-        if not (usable & store.masked_A).any():
-            if masks is True and usable.any():
-                raise DataError(
-                    f"{store.source_name} has boxes but no masks",
-                    hint="to train a detector of boxes, leave data.masks at auto",
-                )
-            return replace(targets, masks=False)
-        return targets
+        if (usable & store.masked_A).any():
+            return targets
+        if masks is True and usable.any():
+            raise DataError(
+                f"{store.source_name} has boxes but no masks",
+                hint="to train a detector of boxes, leave data.masks at auto",
+            )
+        return replace(targets, masks=False)
 
     def usable(self, store: AnnotationStore) -> BoolArray:
         """Return which annotations of a store may be used, whatever the view: bool over all annotations."""
@@ -349,8 +349,8 @@ class BatchPlan:
     ) -> None:
         self._seed = seed
         self._shared = ranks_share_group
+        # The source, the rows of its images, and their cumulative weights.
         self._groups: list[tuple[SourceImages, npt.NDArray[np.int64], FloatArray]] = []
-        """The source, the rows of its images, and their cumulative weights."""
         for source in sources:
             landscape = np.flatnonzero(source.landscape_I), np.flatnonzero(~source.landscape_I)
             whole = (np.arange(len(source.weights_I)),)
@@ -480,13 +480,8 @@ class TrainingSources(Dataset[Any]):
             image = open_annotated_image(record, self._roots, config.exif_orientation)
         else:
             image = images.image(row, exif_orientation=config.exif_orientation)
-        view = training_view(
-            image.height,
-            image.width,
-            getattr(config, source),
-            flip_probability=config.flip_probability,
-            rng=rng,
-        )
+        size, flip = (image.height, image.width), config.flip_probability
+        view = training_view(*size, getattr(config, source), flip_probability=flip, rng=rng)
         # Pillow takes its pixels apart in less than half the time that torch needs to turn them over.
         seen = view.apply(image)
         planes = [np.frombuffer(seen.tobytes("raw", channel), np.uint8) for channel in "RGB"]
@@ -617,13 +612,7 @@ class TrainingLoader:
     """
 
     def __init__(
-        self,
-        sources: TrainingSources,
-        *,
-        rank: int,
-        world_size: int,
-        seed: int,
-        start: int = 0,
+        self, sources: TrainingSources, *, rank: int, world_size: int, seed: int, start: int = 0
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} processes")
@@ -671,16 +660,16 @@ class TrainingLoader:
                 # How torch says that a worker was killed or that none delivered in time.
                 text = str(error)
                 if "timed out" in text:
-                    raise RuntimeEnvironmentError(
-                        f"the data workers returned nothing for {config.worker_timeout_s:g} s",
-                        hint="look for a file system that hangs; wait longer with data.worker_timeout_s",
-                    ) from error
-                if "exited unexpectedly" in text or "is killed" in text:
-                    raise RuntimeEnvironmentError(
-                        f"a data worker died: {text.splitlines()[0]}",
-                        hint="it may have run out of memory: use fewer workers (data.workers), or see the system's log",
-                    ) from error
-                raise
+                    what = f"the data workers returned nothing for {config.worker_timeout_s:g} s"
+                    hint = (
+                        "look for a file system that hangs; wait longer with data.worker_timeout_s"
+                    )
+                elif "exited unexpectedly" in text or "is killed" in text:
+                    what = f"a data worker died: {text.splitlines()[0]}"
+                    hint = "it may have run out of memory: use fewer workers (data.workers), or see the system's log"
+                else:
+                    raise
+                raise RuntimeEnvironmentError(what, hint=hint) from error
             if isinstance(made, ProxydetError):
                 raise made
             for name in made.skipped:

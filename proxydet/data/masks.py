@@ -342,9 +342,7 @@ def measure(masks: Sequence[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArr
     return area_M, sound_M
 
 
-def _measure(
-    masks: Sequence[dict[str, Any]],
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _measure(masks: Sequence[dict[str, Any]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Measure at least one mask: B characters, each a group of a number's bits, in all; N numbers, one for each run."""
     counts = [mask["counts"] for mask in masks]
     pixels_M = np.array([mask["size"][0] * mask["size"][1] for mask in masks], dtype=np.int64)

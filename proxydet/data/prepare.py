@@ -9,7 +9,6 @@ import csv
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache as cached
 from functools import partial
@@ -22,7 +21,7 @@ from proxydet.artifacts import how_to_get
 from proxydet.data.dataset import Dataset, DatasetConfig, inner_root
 from proxydet.data.formats.coco import Outline, read_hierarchy, read_outline
 from proxydet.data.image_labels import TarImages, match_tars
-from proxydet.data.images import image_size
+from proxydet.data.images import image_size, sizes_of
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError
 from proxydet.files import staged, write_bytes, write_errors, write_text
@@ -110,7 +109,6 @@ def prepare(
 
 
 T = TypeVar("T")
-_READERS = 16
 _MARK = "# Written by `proxydet data prepare`. Remove this line to keep your changes."
 _TARS = "imagenet/ImageNet-21K"
 
@@ -125,7 +123,6 @@ class _Work:
     problems: list[str] = field(default_factory=list)
 
     def step(self, name: str, path: Path, action: Action, detail: str = "") -> None:
-        """Report a step."""
         self.steps.append(Step(name=name, path=path, action=action, detail=detail))
 
     def time(self, source: str) -> int:
@@ -178,12 +175,8 @@ class _Work:
     ) -> Path:
         """Write a dataset config, with paths relative to the data root, unless somebody changed it and took the mark away.
 
-        Args:
-            name: Its file's name, and the data set's.
-            embeddings: Table of text embeddings, in ``metadata``.
-            splits: Annotations and images of ``train`` and ``val``.
-            more: Lines of ``[vocabulary]``.
-            tables: Tables after the splits.
+        ``splits``: annotations and images of ``train`` and ``val``; ``more``: lines of ``[vocabulary]``; ``tables``: after the
+        splits.
         """
         path = self.root / f"{name}.toml"
         parts = [
@@ -234,12 +227,12 @@ def _lvis(work: _Work) -> None:
             if owners.category_id not in rare:
                 kept.append(raw)
         images = Counter(category for _, category in pairs)
-        counts = [
+        rows = [
             msgspec.json.decode(raw, type=dict[str, Any])
             | {"image_count": images[c.id], "instance_count": instances[c.id]}
             for raw, c in sorted(categories, key=lambda entry: entry[1].id)
         ]
-        return outline, kept, counts
+        return outline, kept, rows
 
     def without_rare(path: Path, source: Path) -> str:
         outline, kept, _ = read(source)
@@ -247,32 +240,24 @@ def _lvis(work: _Work) -> None:
         left_out = len(outline.annotations) - len(kept)
         return f"{counted(left_out, 'annotation')} of rare classes left out"
 
-    def category_info(path: Path, source: Path) -> str:
-        write_bytes(path, msgspec.json.encode(read(source)[2]))
-        return "counts of rare classes included, as published"
-
-    def category_info_without_rare(path: Path, source: Path) -> str:
-        none = {"image_count": 0, "instance_count": 0}
-        rows = [row | none if row["frequency"] == "r" else row for row in read(source)[2]]
+    def counts(rare: dict[str, int], path: Path, source: Path) -> str:
+        rows = [row | (rare if row["frequency"] == "r" else {}) for row in read(source)[2]]
         write_bytes(path, msgspec.json.encode(rows))
-        return "rare classes count 0"
+        return "rare classes count 0" if rare else "counts of rare classes included, as published"
 
-    norare = "lvis/lvis_v1_train_norare"
+    norare, none = "lvis/lvis_v1_train_norare", {"image_count": 0, "instance_count": 0}
     work.file("without rare classes", f"{norare}.json", [train], without_rare)
-    work.file("class counts", "lvis/lvis_v1_train_cat_info.json", [train], category_info)
-    work.file("class counts", f"{norare}_cat_info.json", [train], category_info_without_rare)
+    work.file("class counts", "lvis/lvis_v1_train_cat_info.json", [train], partial(counts, {}))
+    work.file("class counts", f"{norare}_cat_info.json", [train], partial(counts, none))
     _lvis_config(work, image_labels=(work.root / _TARS).is_dir())
 
 
 def _lvis_config(work: _Work, *, image_labels: bool) -> Path:
     """Write the dataset config of LVIS, with or without ImageNet-LVIS."""
-    return work.config(
-        "lvis",
-        "lvis_v1_clip_a+cname.npy",
-        {split: (f"lvis/lvis_v1_{split}.json", "coco") for split in ("train", "val")},
-        more='\nnovel_frequency = ["r"]',
-        tables=f'\n[image_labels]\ntars = "{_TARS}"\n' if image_labels else "",
-    )
+    splits = {split: (f"lvis/lvis_v1_{split}.json", "coco") for split in ("train", "val")}
+    more, labels = '\nnovel_frequency = ["r"]', f'\n[image_labels]\ntars = "{_TARS}"\n'
+    tables = labels if image_labels else ""
+    return work.config("lvis", "lvis_v1_clip_a+cname.npy", splits, more=more, tables=tables)
 
 
 def _imagenet_lvis(work: _Work) -> None:
@@ -304,11 +289,8 @@ def _imagenet_lvis(work: _Work) -> None:
 
 def _objects365(work: _Work) -> None:
     """Correct category names, so that they mean something to a text encoder, by rows ``id,old name,new name``."""
-    folder = "objects365/annotations/zhiyuan_objv2_val"
-    sources, fixed = (
-        [f"{folder}.json", "metadata/Objects365_names_fix.csv"],
-        f"{folder}_fixname.json",
-    )
+    whole = "objects365/annotations/zhiyuan_objv2_val.json"
+    fixed = whole.replace(".json", "_fixname.json")
 
     def fix(row: list[str]) -> tuple[int, tuple[str, str]]:
         if len(row) < 3:
@@ -334,7 +316,8 @@ def _objects365(work: _Work) -> None:
         _write(path, outline.images, outline.annotations, categories)
         return f"{counted(changed, 'name')} changed"
 
-    work.file("names corrected", fixed, sources, correct)
+    tables = [whole, "metadata/Objects365_names_fix.csv"]
+    work.file("names corrected", fixed, tables, correct)
     work.store(fixed)
     work.config("objects365", "o365_clip_a+cnamefix.npy", {"val": (fixed, "objects365/val")})
 
@@ -347,15 +330,8 @@ def _openimages(work: _Work) -> None:
     """
     folder, photographs = "oid/annotations/challenge-2019-", "oid/images/validation"
     expanded = "oid/annotations/oid_challenge_2019_val_expanded.json"
-    tables = [
-        f"{folder}{name}"
-        for name in (
-            "validation-detection-bbox.csv",
-            "validation-detection-human-imagelabels.csv",
-            "classes-description-500.csv",
-            "label500-hierarchy.json",
-        )
-    ]
+    tables = ["validation-detection-bbox.csv", "validation-detection-human-imagelabels.csv"]
+    tables += ["classes-description-500.csv", "label500-hierarchy.json"]
 
     def expand(path: Path, boxes_csv: Path, labels_csv: Path, classes_csv: Path, tree: Path) -> str:
         id_of: dict[str, int] = {}
@@ -400,25 +376,21 @@ def _openimages(work: _Work) -> None:
         boxes = list(_rows(boxes_csv, columns, box))
         found = sorted({*labels[True], *labels[False], *(image for image, _, _ in boxes)})
         images: dict[str, dict[str, Any]] = {}
-        with (
-            work.progress.task("reading image sizes", total=len(found), unit="images") as task,
-            ThreadPoolExecutor(_READERS) as pool,
-        ):
+        with work.progress.task("reading image sizes", total=len(found), unit="images") as task:
             files = [work.root / photographs / f"{name}.jpg" for name in found]
-            sizes = pool.map(image_size, files)
-            for number, (name, file) in enumerate(zip(found, files, strict=True), 1):
+            for number, (file, size) in enumerate(zip(files, sizes_of(files), strict=True), 1):
                 try:
-                    height, width = next(sizes)
+                    height, width = size or image_size(file)
                 except DataError as error:
                     hint = how_to_get(file) or error.hint
                     raise DataError(error.message, hint=hint, path=file) from error
-                images[name] = {
+                images[file.stem] = {
                     "id": number,
                     "file_name": file.name,
                     "height": height,
                     "width": width,
-                    "pos_category_ids": sorted(labels[True].get(name, ())),
-                    "neg_category_ids": sorted(labels[False].get(name, ())),
+                    "pos_category_ids": sorted(labels[True].get(file.stem, ())),
+                    "neg_category_ids": sorted(labels[False].get(file.stem, ())),
                 }
                 task.advance()
         annotations: list[dict[str, Any]] = []
@@ -426,17 +398,10 @@ def _openimages(work: _Work) -> None:
             image = images[name]
             height, width = image["height"], image["width"]
             xywh = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
+            fixed = {"bbox": xywh, "area": xywh[2] * xywh[3], "iscrowd": int(group == 1)}
             for category in ids:
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image["id"],
-                        "category_id": category,
-                        "bbox": xywh,
-                        "area": xywh[2] * xywh[3],
-                        "iscrowd": int(group == 1),
-                    }
-                )
+                own = {"id": len(annotations) + 1, "image_id": image["id"]}
+                annotations.append({**own, "category_id": category, **fixed})
         categories = [
             {"id": id_of[label], "name": name, "freebase_id": label}
             for label, name in names.items()
@@ -445,7 +410,7 @@ def _openimages(work: _Work) -> None:
         held = f"{counted(len(images), 'image')}, {counted(len(annotations), 'box', 'boxes')}"
         return f"{held} after expansion"
 
-    work.file("hierarchy expanded", expanded, tables, expand)
+    work.file("hierarchy expanded", expanded, [folder + name for name in tables], expand)
     work.store(expanded)
     work.config("openimages", "oid_clip_a+cname.npy", {"val": (expanded, photographs)})
 

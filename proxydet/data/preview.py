@@ -16,10 +16,7 @@ import numpy as np
 from PIL import Image
 
 from proxydet.data.config import DataConfig
-from proxydet.data.dataset import (
-    ClassTable,
-    Dataset,
-)
+from proxydet.data.dataset import ClassTable, Dataset
 from proxydet.data.images import open_annotated_image
 from proxydet.data.masks import decode, rasterize
 from proxydet.data.stats import DatasetStats, dataset_stats
@@ -149,9 +146,8 @@ def annotated_objects(
     rows_K = store.class_rows(vocabulary.names)
     size = (record.height, record.width)
     objects = []
-    for place, annotation in enumerate(
-        range(record.first_annotation, record.first_annotation + len(record))
-    ):
+    for place in range(len(record)):
+        annotation = record.first_annotation + place
         row = int(rows_K[record.categories_A[place]])
         marks = [] if vocabulary.base[row] else ["novel"]
         marks += ["crowd"] if record.crowd_A[place] else []
@@ -185,14 +181,13 @@ def _augmented(data: Dataset, request: PreviewRequest) -> list[CaptionedImage]:
             if hasattr(batch, "instances"):
                 instances = batch.instances[place]
                 for row, label in enumerate(instances.gt_classes.tolist()):
-                    mask = None
+                    mask, size = None, instances.image_size
                     if instances.has("gt_masks") and instances.gt_masked[row]:
-                        if hasattr(instances.gt_masks, "polygons"):
-                            polygons = instances.gt_masks.polygons[row]
-                            counts = rasterize(polygons, instances.image_size)
-                            mask = decode(counts, instances.image_size)
+                        drawn = instances.gt_masks
+                        if hasattr(drawn, "polygons"):
+                            mask = decode(rasterize(drawn.polygons[row], size), size)
                         else:
-                            mask = instances.gt_masks.tensor[row].numpy()
+                            mask = drawn.tensor[row].numpy()
                     box = tuple(instances.gt_boxes.tensor[row].tolist())
                     objects.append(DrawnObject(label=names[label], box_xyxy=box, mask_HW=mask))
                 caption = f"image {batch.image_ids[place]}: {counted(len(objects), 'object')}"
@@ -231,16 +226,12 @@ def _page(
         }
         tails.append(svg_of(long_tail_plot(counts, title=part.part)))
     file = shlex.quote(str(named))
-    commands = {
-        "check it": f"proxydet data check {file}",
-        "train on this data set": f"proxydet train --recipe small --data {file}",
-        "evaluate a run on it": f"proxydet eval --run runs/RUN --data {file}",
-    }
-    present = {part.part for part in stats.parts}
-    if "train" not in present or not trainable:
-        del commands["train on this data set"]
-    if "val" not in present or not trainable:
-        del commands["evaluate a run on it"]
+    commands = {"check it": f"proxydet data check {file}"}
+    parts = {part.part for part in stats.parts} if trainable else set()
+    if "train" in parts:
+        commands["train on this data set"] = f"proxydet train --recipe small --data {file}"
+    if "val" in parts:
+        commands["evaluate a run on it"] = f"proxydet eval --run runs/RUN --data {file}"
     head = ("part", "images", "annotations", "base classes", "novel classes", "without annotations")
     tail = "Images of each class, most frequent first; a class without any has no mark."
     sections = [

@@ -19,12 +19,7 @@ from proxydet.data.images import readable_suffixes
 from proxydet.data.records import AnnotationSource, Format
 from proxydet.data.store import SNIFFED, format_of, head_of, near, recognise
 from proxydet.errors import DataError
-from proxydet.files import (
-    PlaceholderError,
-    open_regular,
-    refuse_placeholder,
-    walk,
-)
+from proxydet.files import PlaceholderError, open_regular, refuse_placeholder, walk
 from proxydet.wording import first_of
 
 _OTHER_TASKS = ("captions", "person_keypoints", "image_info", "panoptic", "stuff")
@@ -96,20 +91,23 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
         first = dict(reversed(candidates))
         listed = ", ".join(f"{found} ({first[found]})" for found in formats)
         # The folder itself, and one that holds two formats, would be refused again.
-        places = [
-            place
-            for place, times in Counter(first.values()).items()
-            if times == 1 and place != path
-        ]
+        times = Counter(first.values())
+        places = [place for place in times if times[place] == 1 and place != path]
         commands = [f"proxydet data init {shlex.quote(str(place))}" for place in places]
-        hint = f"name the annotations that are meant: {', or '.join(commands)}" if commands else ""
+        hints = [f"name the annotations that are meant: {', or '.join(commands)}"] * bool(commands)
         if len(places) < len(formats):
-            hint += (
-                f"{'; or ' * bool(hint)}move the files of all formats but one into another folder"
-            )
-        raise DataError(
-            f"{path} holds annotations of several formats: {listed}", hint=hint, path=path
+            hints.append("move the files of all formats but one into another folder")
+        what = f"{path} holds annotations of several formats: {listed}"
+        raise DataError(what, hint="; or ".join(hints), path=path)
+
+    def several(part: str, places: Sequence[Path]) -> DataError:
+        return DataError(
+            f"{path} holds several annotations{f' of {part}' if part else ''}: {first_of(places)}",
+            hint=f"name one of them, such as: proxydet data init {shlex.quote(str(places[0]))}; or write a dataset config "
+            "that names one for [train] and one for [val]",
+            path=path,
         )
+
     by_part: dict[str, list[Path]] = {}
     for _, place in candidates:
         by_part.setdefault(_part_of(place, path), []).append(place)
@@ -120,12 +118,7 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
     chosen = named or by_part
     for part, places in chosen.items():
         if len(places) > 1:
-            raise DataError(
-                f"{path} holds several annotations{f' of {part}' if part else ''}: {first_of(places)}",
-                hint=f"name one of them, such as: proxydet data init {shlex.quote(str(places[0]))}; or write a dataset "
-                "config that names one for [train] and one for [val]",
-                path=path,
-            )
+            raise several(part, places)
     left_out = [str(place) for place in by_part.get("", ())] if named else []
     parts: dict[str, AnnotationSource] = {}
     for part, (place,) in chosen.items():
@@ -134,18 +127,11 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
         for name, source in inner.items():
             word = name or part  # a file's own parts go before the word that its folder is called
             if word in parts:
-                raise DataError(
-                    f"{path} holds several annotations of {word}: {parts[word].annotations}, {place}",
-                    hint=f"name one of them, such as: proxydet data init {shlex.quote(str(place))}",
-                    path=path,
-                )
+                raise several(word, [parts[word].annotations, place])
             parts[word] = source
-    ordered: dict[str, AnnotationSource] = {
-        part: parts[part] for part in ("train", "val", "test", "") if part in parts
-    }
     return FoundData(
         format=formats[0],
-        parts=ordered,
+        parts={part: parts[part] for part in ("train", "val", "test", "") if part in parts},
         left_out=tuple(left_out),
         damaged=tuple(f"{place}: {why}" for place, why in damaged.items()),
         unsearched=tuple(unsearched),
@@ -212,7 +198,8 @@ def _parts_of_file(
         for name, listed in places.items():
             # One folder for two parts is not a split.
             if all(listed != places[other] for other in of_config):
-                roots = tuple(images) or _folders_of(listed)
+                used = (folder for place in listed for folder in _image_folders(place, found))
+                roots = tuple(images) or tuple(dict.fromkeys(used))
                 of_config[name] = AnnotationSource(
                     annotations=path, part=name, images=roots, format=found
                 )
@@ -238,20 +225,8 @@ def _parts_of_file(
         part = _part_of(path, root) if path.is_relative_to(root) else ""
         return {"": source(part)}, ()
     held = {w: source(w, called[0] if len(called) == 1 else w) for w, called in by_word.items()}
-    rest = (
-        f"subset {name!r} of {path}" if name else f"what has no subset in {path}" for name in others
-    )
-    return held, tuple(rest)
-
-
-def _folders_of(places: Sequence[Path]) -> tuple[Path, ...]:
-    """Return the folders of images of a part of a data.yaml."""
-    found = [
-        folder
-        for place in places
-        for folder in (yolo.list_roots(place) if place.is_file() else [yolo.folders(place)[1]])
-    ]
-    return tuple(dict.fromkeys(found))
+    rest = (f"subset {name!r} of" if name else "what has no subset in" for name in others)
+    return held, tuple(f"{what} {path}" for what in rest)
 
 
 def _damage(path: Path, head: bytes) -> str:
@@ -271,9 +246,7 @@ def _damage(path: Path, head: bytes) -> str:
     return "" if head[:1] in (starts[:1], starts[1:]) else "it does not begin as such a file does"
 
 
-def _candidates(
-    root: Path,
-) -> tuple[list[tuple[Format, Path]], dict[Path, str], dict[str, None]]:
+def _candidates(root: Path) -> tuple[list[tuple[Format, Path]], dict[Path, str], dict[str, None]]:
     """Return the files and folders below a folder that hold annotations, with their formats, sorted by their path.
 
     And the files that by their name may hold some and cannot, with the reason; and what was not searched.
@@ -319,9 +292,8 @@ def _candidates(
             if count_of_end > SNIFFED and not seen & {"labelme", "Pascal VOC"}:
                 others = f"{count_of_end - SNIFFED} of the {count_of_end} {end} files in {folder}"
                 unsearched[others] = None
-        written = (
-            file for file in by_end.get(".txt", ()) if file.is_file() and file.stat().st_size
-        )
+        texts = by_end.get(".txt", ())
+        written = (file for file in texts if file.is_file() and file.stat().st_size)
         if any(map(yolo.are_rows, islice(written, SNIFFED))):
             rows[_group(folder, root) or folder] = None
     if shapes:  # without parts those of all folders belong together
@@ -329,19 +301,13 @@ def _candidates(
         whole = [Path(os.path.commonpath(shapes))]
         found |= {("labelme", place): None for place in (split or whole)}
     found |= {("YOLO", place): None for place in (configs[:1] or rows)}
-    instances = [place for _, place in found if place.name.startswith("instances")]
     whole = [place for kind, place in found if kind in ("labelme", "Pascal VOC")]
-    kept = {  # what their readers read, they refuse
-        file: why
-        for file, why in damaged.items()
-        if not any(file.is_relative_to(place) for place in whole)
-    }
-    wanted = sorted(
-        (kind, place)
-        for kind, place in found
-        if not (instances and kind == "COCO JSON" and place.name.startswith(_OTHER_TASKS))
-    )
-    return wanted, kept, unsearched
+    # What their readers read, they refuse.
+    kept = {f: why for f, why in damaged.items() if not any(map(f.is_relative_to, whole))}
+    if any(place.name.startswith("instances") for _, place in found):
+        other = [key for key in found if key[1].name.startswith(_OTHER_TASKS)]
+        found = {key: None for key in found if key[0] != "COCO JSON" or key not in other}
+    return sorted(found), kept, unsearched
 
 
 def _group(folder: Path, root: Path) -> Path | None:
@@ -395,8 +361,6 @@ def _image_candidates(
         above = [folder.parent for folder in holding if of_another(folder)]
         above = [folder for folder in dict.fromkeys(above) if not of_another(folder)]
         holding = [folder for folder in holding if not of_another(folder)]
-    if len(holding) > _MOST_ROOTS:
-        unsearched[
-            f"{len(holding) - _MOST_ROOTS} of the {len(holding)} folders of images below {root}"
-        ] = None
+    if (over := len(holding) - _MOST_ROOTS) > 0:
+        unsearched[f"{over} of the {len(holding)} folders of images below {root}"] = None
     return tuple(dict.fromkeys([*near(path), *sorted(holding, key=order)[:_MOST_ROOTS], *above]))

@@ -24,7 +24,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -55,12 +55,7 @@ from proxydet.data.records import (
     refused,
 )
 from proxydet.errors import ConfigError, DataError, RuntimeEnvironmentError
-from proxydet.extensions import (
-    extension_errors,
-    load_extension,
-    require_signature,
-    source_digests,
-)
+from proxydet.extensions import extension_errors, load_extension, require_signature, source_digests
 from proxydet.files import (
     build_once,
     discard,
@@ -249,36 +244,17 @@ class ColumnFile:
 # --- What a path means -----------------------------------------------------------------------------------------------------
 
 
-class _Reader(NamedTuple):
-    """How annotations of a format are read.
-
-    Attributes:
-        read: Reads them; deviations of the file are counted in the report.
-        files: Returns the files that it reads, and the images whose sizes it takes, with their names.
-    """
-
-    read: Callable[[AnnotationSource, StoreReport], Document]
-    files: Callable[[AnnotationSource], tuple[list[Path], list[tuple[str, Path]]]]
-
-
-_READERS: dict[Format | None, _Reader] = {
-    "COCO JSON": _Reader(
-        lambda source, report: coco.read(source.annotations, str(source.annotations), report),
-        lambda source: ([source.annotations], []),
-    ),
-    "Pascal VOC": _Reader(voc.read, lambda source: (voc.files(source.annotations), [])),
-    "YOLO": _Reader(yolo.read, yolo.files),
-    "labelme": _Reader(
-        labelme.read, lambda s: (labelme.files(s.annotations), named_images_below(s.roots))
-    ),
-    "VGG VIA": _Reader(
-        via.read, lambda source: ([source.annotations], named_images_below(source.roots))
-    ),
-    "CVAT XML": _Reader(cvat.read, lambda source: ([source.annotations], [])),
-    "Label Studio JSON": _Reader(
-        label_studio.read, lambda s: ([s.annotations], named_images_below(s.roots))
-    ),
+_READERS: dict[Format | None, Callable[[AnnotationSource, StoreReport], Document]] = {
+    "COCO JSON": lambda s, report: coco.read(s.annotations, str(s.annotations), report),
+    "Pascal VOC": voc.read,
+    "YOLO": yolo.read,
+    "labelme": labelme.read,
+    "VGG VIA": via.read,
+    "CVAT XML": cvat.read,
+    "Label Studio JSON": label_studio.read,
 }
+_WITHOUT_SIZES = ("labelme", "VGG VIA", "Label Studio JSON")
+"""Formats without a rule for the folders of images that may not hold their sizes."""
 
 
 def head_of(path: Path) -> bytes:
@@ -360,7 +336,7 @@ def _resolved(source: AnnotationSource | Path | str) -> AnnotationSource:
         return meant
     found = format_of(meant.annotations) or "Pascal VOC"  # whose reader reports what is not there
     images = meant.roots
-    if not images and found in ("labelme", "VGG VIA", "Label Studio JSON"):
+    if not images and found in _WITHOUT_SIZES:
         images = near(meant.annotations)
     return replace(meant, format=found, images=images)
 
@@ -371,63 +347,60 @@ def near(path: Path) -> tuple[Path, ...]:
     return tuple(folder for folder in (own, own / "images") if folder.is_dir())
 
 
+def _files(source: AnnotationSource) -> tuple[list[Path], list[tuple[str, Path]]]:
+    """Return the files that a source is read from, and the images whose sizes it takes, with their names."""
+    path = source.annotations
+    if source.format == "YOLO":
+        return yolo.files(source)
+    if source.format == "Pascal VOC":
+        return voc.files(path), []
+    files = labelme.files(path) if source.format == "labelme" else [path]
+    if source.reader and path.is_dir():
+        ends = tuple(readable_suffixes())
+        there = files_below(path, ("",))
+        files = [file for file in there if not file.name.lower().endswith(ends) and file.is_file()]
+    measured = source.reader or source.format in _WITHOUT_SIZES
+    return files, named_images_below(source.roots) if measured else []
+
+
 def _digest(source: AnnotationSource, memory: Path) -> str:
-    """Return a digest of what `_read` reads.
-
-    Args:
-        source: The annotations, as of `_resolved`.
-        memory: Folder of remembered digests.
-
-    Raises:
-        DataError: a file cannot be read, or there is none.
-    """
-    if source.reader is None:
-        files, images = _READERS[source.format].files(source)
-    else:
+    """Return a digest of what `_read` reads of a source (of `_resolved`), or raise DataError; ``memory`` holds known ones."""
+    if source.reader is not None:
         _own_reader(source.reader)
-        files, images = [source.annotations], named_images_below(source.roots)
-        if source.annotations.is_dir():
-            ends = tuple(readable_suffixes())
-            there = files_below(source.annotations, ("",))
-            files = [p for p in there if not p.name.lower().endswith(ends) and p.is_file()]
+    path = source.annotations
+    files, images = _files(source)
     if len(files) == 1 and not images:
-        hint = "check the path"
-        whole = remembered_sha256(files[0], memory, hint=hint, error=DataError)
+        whole = remembered_sha256(files[0], memory, hint="check the path", error=DataError)
     else:
         digests = []
         for file in files:
             with read_errors(file, error=DataError):
                 small = file.stat().st_size < _REMEMBERED
                 own = sha256(file) if small else remembered_sha256(file, memory, error=DataError)
-            digests.append(f"{_called(file, source.annotations)} {own}")
-        listed = "\n".join(digests)
-        listed += f"\nimages {_stamp(images, memory)}" if images else ""
-        whole = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
+            inside = file != path and file.is_relative_to(path)
+            digests.append(f"{file.relative_to(path).as_posix() if inside else file.name} {own}")
+        digests += ["images " + _stamp(images, memory)] if images else []
+        whole = hashlib.sha256("\n".join(digests).encode("utf-8", "surrogateescape")).hexdigest()
+    meant = []
     if source.reader is not None:  # another version of it may read something else
-        code = source_digests([source.reader])
-        whole = hashlib.sha256(f"{whole} {source.reader} {code}".encode()).hexdigest()
+        meant.append(f"{source.reader} {source_digests([source.reader])}")
     # Of a folder the files that are read decide where corners count from; of a list, others do too.
-    of_list = source.format == "Pascal VOC" and not source.annotations.is_dir()
-    if of_list and voc.first_pixel(source.annotations) == 0:
-        whole = hashlib.sha256(f"{whole} from 0".encode()).hexdigest()
-    if source.format not in (None, format_of(source.annotations) or "Pascal VOC"):
-        whole = hashlib.sha256(f"{whole} as {source.format}".encode()).hexdigest()
-    if source.part is None and source.share is None:
-        return whole
-    return hashlib.sha256(
-        f"{whole} {source.part} {source.share} {source.seed}".encode()
-    ).hexdigest()
+    of_list = source.format == "Pascal VOC" and not path.is_dir()
+    meant += ["from 0"] if of_list and voc.first_pixel(path) == 0 else []
+    usual = source.format in (None, format_of(path) or "Pascal VOC")
+    meant += [] if usual else [f"as {source.format}"]
+    if source.part is not None or source.share is not None:
+        meant.append(f"{source.part} {source.share} {source.seed}")
+    for what in meant:
+        whole = hashlib.sha256(f"{whole} {what}".encode()).hexdigest()
+    return whole
 
 
 def _stamp(named: Iterable[tuple[str, Path]], memory: Path) -> str:
     """Return a digest of images whose sizes are read: of their names and lengths, and of their first and last 4 KB.
 
     There formats say how large an image is and which way it is turned. It is the same wherever the images lie, and
-    remembered for as long as their names, lengths and times are the same.
-
-    Args:
-        named: What each image is called, and where it is.
-        memory: As for `_digest`.
+    remembered in ``memory`` for as long as their names, lengths and times are the same.
     """
     there: list[tuple[str, Path]] = []
     listed = hashlib.sha256()
@@ -466,20 +439,10 @@ def _own_reader(path: str) -> Callable[..., Any]:
     return function
 
 
-def _called(file: Path, above: Path) -> str:
-    inside = file != above and file.is_relative_to(above)
-    return file.relative_to(above).as_posix() if inside else file.name
-
-
 def _read(source: AnnotationSource, report: StoreReport) -> Document:
-    """Read annotations; the readers say what they raise.
-
-    Args:
-        source: The annotations, as of `_resolved`.
-        report: Where deviations of the file are counted.
-    """
+    """Read annotations (of `_resolved`), counting deviations of the file in a report; the readers say what they raise."""
     if source.reader is None:
-        document = _READERS[source.format].read(source, report)
+        document = _READERS[source.format](source, report)
     else:
         doing = f"reader is {source.reader}: reading {source.annotations}"
         with extension_errors(doing):
@@ -489,15 +452,14 @@ def _read(source: AnnotationSource, report: StoreReport) -> Document:
                 f"reader is {source.reader}, which must return a Document; it returned a {type(document).__name__}.",
                 hint="collect objects with proxydet.data.formats.collected.Objects, and return its document(...)",
             )
-        document = replace(document, annotations=_reported(document.annotations, doing))
+        chunks = document.annotations
+
+        def reported() -> Iterator[list[AnnotationEntry | Unusable]]:
+            with extension_errors(doing):
+                yield from chunks
+
+        document = replace(document, annotations=reported())
     return document if source.share is None else _share_of(document, source.share, source.seed)
-
-
-def _reported(
-    chunks: Iterator[list[AnnotationEntry | Unusable]], doing: str
-) -> Iterator[list[AnnotationEntry | Unusable]]:
-    with extension_errors(doing):
-        yield from chunks
 
 
 def share_positions(names: list[str], seed: int) -> dict[str, float]:
@@ -521,24 +483,19 @@ def _share_of(document: Document, share: tuple[float, float], seed: int) -> Docu
     low, high = share
     images = [image for image in document.images if isinstance(image, ImageEntry)]
     place = share_positions([key(image) for image in images], seed)
-    kept: list[ImageEntry | Unusable] = [
-        image for image in images if low <= place[key(image)] < high
-    ]
-    ids: set[Identifier] = {image.id for image in kept if isinstance(image, ImageEntry)}
-    outside: set[Identifier] = {image.id for image in images} - ids
-    if low == 0:  # what belongs to no image is counted once
-        kept += [record for record in document.images if isinstance(record, Unusable)]
+    kept = [image for image in images if low <= place[key(image)] < high]
+    # What belongs to no image is counted once.
+    strays = [record for record in document.images if isinstance(record, Unusable) and low == 0]
+    inside = {image.id for image in kept}
+    outside = {image.id for image in images} - inside
 
     def belongs(entry: AnnotationEntry | Unusable) -> bool:
-        if isinstance(entry, Unusable) or entry.image_id not in ids:
-            return low == 0 and (isinstance(entry, Unusable) or entry.image_id not in outside)
-        return True
+        if low > 0:
+            return isinstance(entry, AnnotationEntry) and entry.image_id in inside
+        return isinstance(entry, Unusable) or entry.image_id not in outside
 
-    def annotations() -> Iterator[list[AnnotationEntry | Unusable]]:
-        for chunk in document.annotations:
-            yield [entry for entry in chunk if belongs(entry)]
-
-    return replace(document, images=kept, annotations=annotations())
+    chunks = ([entry for entry in chunk if belongs(entry)] for chunk in document.annotations)
+    return replace(document, images=[*kept, *strays], annotations=chunks)
 
 
 # --- The store -----------------------------------------------------------------------------------------------------------
@@ -669,11 +626,8 @@ class AnnotationStore:
         """
         meant = _resolved(source)
         path = cls.path_for(meant, cache=cache)
-        made_here = False
 
         def build(target: Path) -> None:
-            nonlocal made_here
-            made_here = True
             build_store(meant, target, progress=progress)
             if cls.path_for(meant, cache=cache) != target:
                 target.unlink()
@@ -683,14 +637,12 @@ class AnnotationStore:
                     path=meant.annotations,
                 )
 
-        build_once(path, build, hint=CACHE_HINT if cache is None else None)
+        made_here = build_once(path, build, hint=CACHE_HINT if cache is None else None)
         store = cls(path, str(meant.annotations))
-        if warn:
-            # Whoever made the store: what a command leaves out, it says.
-            for line in (
-                store.report.lines() if made_here else store.report.summary(meant.annotations)
-            ):
-                _logger.warning("%s: %s", meant.annotations.name, line)
+        # Whoever made the store: what a command leaves out, it says.
+        lines = store.report.lines() if made_here else store.report.summary(meant.annotations)
+        for line in lines if warn else ():
+            _logger.warning("%s: %s", meant.annotations.name, line)
         return store
 
     @classmethod
@@ -909,11 +861,7 @@ class AnnotationStore:
 
 
 def build_store(
-    source: AnnotationSource | bytes,
-    target: Path,
-    *,
-    name: str = "",
-    progress: Progress = SILENT,
+    source: AnnotationSource | bytes, target: Path, *, name: str = "", progress: Progress = SILENT
 ) -> None:
     """Convert annotations.
 

@@ -501,25 +501,18 @@ def make_dataset(
 
 def _holds(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the folder already holds the data set of these settings; raises where it holds anything else."""
-    manifest = folder / "synthetic.json"
+    manifest, hint = folder / "synthetic.json", "choose another folder, or delete this one"
     if manifest.is_file():
-        hint = "choose another folder, or delete this one"
         found = read_json(manifest, hint=hint, error=DataError)
         if found == settings:
             return True
         changed = sorted(key for key, value in settings.items() if found.get(key) != value)
-        raise DataError(
-            f"{folder} holds a synthetic data set of other settings ({', '.join(changed)})",
-            hint=hint,
-            path=folder,
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(
-            f"{folder} is not empty and does not hold a synthetic data set",
-            hint="choose another folder",
-            path=folder,
-        )
-    return False
+        why = f"holds a synthetic data set of other settings ({', '.join(changed)})"
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        why = "is not empty and does not hold a synthetic data set"
+    else:
+        return False
+    raise DataError(f"{folder} {why}", hint=hint, path=folder)
 
 
 def _write(folder: Path, config: SyntheticConfig, progress: Progress) -> None:
@@ -528,25 +521,15 @@ def _write(folder: Path, config: SyntheticConfig, progress: Progress) -> None:
     each = config.image_label_images_per_class
     labelled = {index: c for index, c in enumerate(classes) if c.covered and each}
     total = config.images_train + config.images_val + len(labelled) * each
-    words = [
-        *list(COLOURS)[: config.colours],
-        *TEXTURES[: config.textures],
-        *SHAPES[: config.shapes],
-    ]
-    encoder = CompositionalEncoder.create(
-        words,
-        dim=config.embedding_dim,
-        noise=config.embedding_noise,
-        seed=config.seed,
-        aliases=ALIASES,
-    )
+    colours = list(COLOURS)[: config.colours]
+    words = [*colours, *TEXTURES[: config.textures], *SHAPES[: config.shapes]]
+    dim, noise, seed = config.embedding_dim, config.embedding_noise, config.seed
+    encoder = CompositionalEncoder.create(words, dim=dim, noise=noise, seed=seed, aliases=ALIASES)
     encoder.save(folder / "text_encoder.json")
     embeddings_CD = encoder.encode([c.name for c in classes])
     np.save(folder / "embeddings.npy", embeddings_CD.astype(np.float16))
     with progress.task("drawing the data set", total=total, unit="images") as task:
-        splits = {
-            split: _draw_split(folder, split, classes, config, task) for split in ("train", "val")
-        }
+        splits = {s: _draw_split(folder, s, classes, config, task) for s in ("train", "val")}
         seen = splits["train"]["annotations"]
         instances = Counter(a["category_id"] for a in seen)
         images = Counter(c for c, _ in {(a["category_id"], a["image_id"]) for a in seen})
@@ -625,27 +608,18 @@ def _draw_split(
         for class_index, coverage_HW in zip(drawn, canvas.coverages, strict=True):
             if polygons := outlines(coverage_HW):
                 corners = np.concatenate([np.reshape(p, (-1, 2)) for p in polygons])
-                (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
-                objects.append(
-                    {
-                        "category_id": class_index + 1,
-                        "bbox": [
-                            float(x0),
-                            float(y0),
-                            round(float(x1 - x0), 2),
-                            round(float(y1 - y0), 2),
-                        ],
-                        "area": round(float(coverage_HW.sum()), 2),
-                        "segmentation": polygons,
-                    }
-                )
+                low, high = corners.min(axis=0), corners.max(axis=0)
+                box = [*low.tolist(), *(round(side, 2) for side in (high - low).tolist())]
+                area = round(float(coverage_HW.sum()), 2)
+                made = {"category_id": class_index + 1, "bbox": box, "area": area}
+                objects.append({**made, "segmentation": polygons})
         counts = Counter(entry["category_id"] for entry in objects)
         absent = sorted(set(range(1, len(classes) + 1)) - counts.keys())
         # Of a class that is there twice the last one may be left out, and then the class is not annotated exhaustively.
         not_exhaustive = sorted(category for category, number in counts.items() if number > 1)[:1]
         if not_exhaustive and rng.random() < config.not_exhaustive_rate:
             last = [entry for entry in objects if entry["category_id"] == not_exhaustive[0]][-1]
-            objects = [entry for entry in objects if entry is not last]
+            objects.remove(last)
         else:
             not_exhaustive = []
         negatives = rng.permutation(len(absent))[: config.negatives_per_image]
@@ -656,15 +630,8 @@ def _draw_split(
         height, width = canvas.image_HW3.shape[:2]
         for entry in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **entry})
-        images.append(
-            {
-                "id": image_id,
-                "file_name": file_name,
-                "width": width,
-                "height": height,
-                "neg_category_ids": sorted(absent[i] for i in negatives),
-                "not_exhaustive_category_ids": not_exhaustive,
-            }
-        )
+        image = {"id": image_id, "file_name": file_name, "width": width, "height": height}
+        image |= {"neg_category_ids": sorted(absent[i] for i in negatives)}
+        images.append(image | {"not_exhaustive_category_ids": not_exhaustive})
         task.advance()
     return {"images": images, "annotations": annotations}

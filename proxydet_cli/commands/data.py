@@ -62,11 +62,7 @@ def prepare(
     from proxydet_cli.progress import show_progress
 
     report = run(
-        dataset,
-        root or datasets_folder(),
-        force=force,
-        cache=cache,
-        progress=show_progress(),
+        dataset, root or datasets_folder(), force=force, cache=cache, progress=show_progress()
     )
     Output(json=json).data(report, _prepared(report))
 

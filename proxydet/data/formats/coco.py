@@ -541,10 +541,7 @@ def _mapped(path: Path, kind: str, hint: str) -> mmap.mmap:
         most = max(_UNPACKED_FREELY, _MOST_RATIO * file.seek(0, 2))
         file.seek(0)
         try:
-            with (
-                gzip.open(file) as packed,
-                tempfile.TemporaryFile(prefix="proxydet-") as unpacked,
-            ):
+            with gzip.open(file) as packed, tempfile.TemporaryFile(prefix="proxydet-") as unpacked:
                 while block := packed.read(_BLOCK_BYTES):
                     unpacked.write(block)
                     if unpacked.tell() > most:

@@ -40,12 +40,9 @@ _IMAGE_KEYS = ("image", "img", "photo", "ocr", "url")
 _MOST_PARTS = 10
 """Of an image's path that is on this machine under another folder."""
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")
-_BOX, _OUTLINE, _BRUSH, _ELLIPSE = (
-    "rectanglelabels",
-    "polygonlabels",
-    "brushlabels",
-    "ellipselabels",
-)
+_BOX, _OUTLINE = "rectanglelabels", "polygonlabels"
+_BRUSH, _ELLIPSE = "brushlabels", "ellipselabels"
+_KINDS = {"rle": _BRUSH, "points": _OUTLINE, "radiusX": _ELLIPSE, "height": _BOX}
 
 
 class _Annotation(msgspec.Struct):
@@ -129,11 +126,8 @@ def _image_name(fields: dict[str, Any]) -> str:
             parts = urlsplit(texts[key])
         except ValueError:
             continue
-        local = (
-            parse_qs(parts.query, errors="surrogateescape").get("d", [""])[0]
-            if "local-files" in parts.path
-            else ""
-        )
+        query = parse_qs(parts.query, errors="surrogateescape")
+        local = query.get("d", [""])[0] if "local-files" in parts.path else ""
         place = local or unquote(parts.path, errors="surrogateescape")
         name = place.replace("\\", "/").lstrip("/")
         if PurePosixPath(name).suffix.lower() in readable_suffixes() or key.lower() in _IMAGE_KEYS:
@@ -147,13 +141,10 @@ def _on_disk(name: str, folders: Sequence[Path]) -> str:
     An upload's name has eight digits in front, which its file may be without.
     """
     parts = PurePosixPath(name).parts
-    tails = [
-        PurePosixPath(*parts[start:])
-        for start in range(max(len(parts) - _MOST_PARTS, 0), len(parts))
-    ]
-    plain = _UPLOAD.sub("", tails[-1].name) if tails else ""
-    if tails and plain != tails[-1].name:
-        tails.append(PurePosixPath(plain))
+    starts = range(max(len(parts) - _MOST_PARTS, 0), len(parts))
+    tails = [PurePosixPath(*parts[start:]) for start in starts]
+    if tails and _UPLOAD.match(tails[-1].name):
+        tails.append(PurePosixPath(_UPLOAD.sub("", tails[-1].name)))
     there = (t for t in tails if any(os.path.isfile(folder / t) for folder in folders))  # noqa: PTH113
     return str(next(there, name))
 
@@ -171,12 +162,7 @@ def _regions(result: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _kind(value: dict[str, Any]) -> str:
     """Return what a value is the geometry of; empty where it is none."""
-    for key, kind in (
-        ("rle", _BRUSH),
-        ("points", _OUTLINE),
-        ("radiusX", _ELLIPSE),
-        ("height", _BOX),
-    ):
+    for key, kind in _KINDS.items():
         if key in value:
             return kind
     return "other" if "x" in value or "vertices" in value else ""
@@ -330,16 +316,9 @@ def region(
     else:
         kind, name = _BRUSH, "brush"
         value = {"format": "rle", "rle": encode_brush(mask_HW)}
-    return {
-        "from_name": name,
-        "to_name": "image",
-        "type": kind,
-        "original_width": width,
-        "original_height": height,
-        "image_rotation": 0,
-        "score": score,
-        "value": {**value, kind: [label]},
-    }
+    sizes = {"original_width": width, "original_height": height, "image_rotation": 0}
+    drawn = {"from_name": name, "to_name": "image", "type": kind, **sizes}
+    return {**drawn, "score": score, "value": {**value, kind: [label]}}
 
 
 def task(image: str, regions: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -25,13 +25,7 @@ from proxydet.data.images import (
     readable_suffixes,
     sizes_of,
 )
-from proxydet.data.records import (
-    MOST_CATEGORIES,
-    AnnotationSource,
-    Document,
-    StoreReport,
-    refused,
-)
+from proxydet.data.records import MOST_CATEGORIES, AnnotationSource, Document, StoreReport, refused
 from proxydet.errors import ConfigError, DataError
 from proxydet.files import open_regular, read_errors, read_text
 from proxydet.wording import first_of, json_text
@@ -190,32 +184,23 @@ def read_config(path: Path) -> dict[str, Any]:
 def _class_names(path: Path, content: dict[str, Any] | None) -> dict[int, str]:
     """Return the class names of a data set by their number; ``content``: what the file holds where it is a ``data.yaml``."""
     names: dict[int, str] = {}
-    if content is not None:
-        listed = content.get("names")
-        items = enumerate(listed) if isinstance(listed, list) else None
-        if isinstance(listed, dict):
-            items = listed.items()  # type: ignore[assignment]
-        for key, value in items or ():
-            index = int(key) if str(key).isdecimal() and len(str(key)) < 10 else None
-            if index is not None and index >= MOST_CATEGORIES:
-                raise DataError(
-                    f"{path}: names: {index}: a data set has at most {MOST_CATEGORIES:,} classes",
-                    hint="number the classes from 0, without gaps",
-                    path=path,
-                )
-            if index is None or isinstance(value, list | dict) or value is None:
-                raise DataError(
-                    f"{path}: names: {reprlib.repr(key)}: {reprlib.repr(value)} is not a class name by its number",
-                    hint="write names as a list, or as numbers with names: {0: cat, 1: dog}",
-                    path=path,
-                )
-            names[index] = str(value).strip()
-    else:
+    if content is None:
         with read_errors(path, error=DataError, hint="write one class name a line"):
-            lines = read_text(path, limit=_LARGEST_YAML).splitlines()
-        while lines and not lines[-1].strip():
-            lines.pop()
+            lines = read_text(path, limit=_LARGEST_YAML).rstrip().splitlines()
         names = {index: line.strip() for index, line in enumerate(lines)}
+    else:
+        listed = content.get("names")
+        items = enumerate(listed if isinstance(listed, list) else ())
+        for key, value in listed.items() if isinstance(listed, dict) else items:
+            index = int(key) if str(key).isdecimal() and len(str(key)) < 10 else None
+            if index is None or isinstance(value, list | dict) or value is None:
+                what = f"{path}: names: {reprlib.repr(key)}: {reprlib.repr(value)} is not a class name by its number"
+                hint = "write names as a list, or as numbers with names: {0: cat, 1: dog}"
+                raise DataError(what, hint=hint, path=path)
+            if index >= MOST_CATEGORIES:
+                what = f"{path}: names: {index}: a data set has at most {MOST_CATEGORIES:,} classes"
+                raise DataError(what, hint="number the classes from 0, without gaps", path=path)
+            names[index] = str(value).strip()
     if not names or not all(names.values()):
         empty = [index for index, name in names.items() if not name]
         why = f"class {empty[0]} has no name" if empty else "it holds no class names"
@@ -431,10 +416,7 @@ def read(source: AnnotationSource, report: StoreReport) -> Document:
 
 
 def row(
-    class_id: int,
-    box: Sequence[float],
-    outlines: Iterable[Sequence[float]],
-    size: tuple[int, int],
+    class_id: int, box: Sequence[float], outlines: Iterable[Sequence[float]], size: tuple[int, int]
 ) -> str:
     """Return an object as a row: its largest outline where it has one (YOLO has one an object), else its box.
 

@@ -354,12 +354,14 @@ def test_what_is_mended_dropped_and_left_over_is_printed(tmp_path):
     assert any("1 image" in note and "not annotated" in note for note in report.notes)
 
 
-def test_a_config_is_not_replaced_unasked(tmp_path):
+@pytest.mark.parametrize("name", ["pets.toml", "pets.vocab"])
+def test_what_is_there_is_not_replaced_unasked(name, tmp_path):
     write_coco(tmp_path / "export", "abc")
-    Path("pets.toml").write_text("mine")
-    with pytest.raises(ConfigError, match=r"pets\.toml"):
+    Path(name).write_text("mine")
+    with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
         init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
-    assert Path("pets.toml").read_text() == "mine"
+    assert Path(name).read_text() == "mine"
+    assert len(list(tmp_path.glob("pets.*"))) == 1
     assert init_dataset(tmp_path / "export", Path("pets.toml"), closed=True, overwrite=True).classes
 
 
@@ -416,15 +418,6 @@ def test_an_empty_file_alone_is_reported_as_empty(tmp_path):
     with pytest.raises(DataError, match=r"annotations\.xml.*empty") as caught:
         init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
     assert "VOC" not in (caught.value.hint or "")
-
-
-def test_embeddings_of_that_name_are_not_replaced_unasked(tmp_path):
-    write_coco(tmp_path / "export", "abc")
-    Path("pets.vocab").write_text("mine")
-    with pytest.raises(ConfigError, match=r"pets\.vocab"):
-        init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
-    assert Path("pets.vocab").read_text() == "mine"
-    assert not Path("pets.toml").exists()
 
 
 def test_a_part_without_objects_is_not_written(tmp_path):

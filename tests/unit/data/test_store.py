@@ -243,12 +243,11 @@ def test_a_damaged_mask_leaves_its_box(write_json, tmp_path, mask, key):
     assert store.report.counts[key] == 1
     assert store.masked_A.tolist() == [False, True]
     assert store.record(0).boxes_A4.tolist() == [[1, 1, 9, 9]] * 2
-    # A file all of whose masks are damaged is refused: nobody wants it to become boxes in silence.
-    with pytest.raises(DataError, match="segmentation"):
-        open_one(write_json, tmp_path, rows[0])
 
 
 def test_damaged_masks_are_refused_only_where_most_objects_have_one(write_json, tmp_path):
+    """Nobody wants a file all of whose masks are damaged to become boxes in silence."""
+
     def rows(damaged: int) -> list[dict[str, Any]]:
         return [
             annotation(i, 1, 3, [i, i, 8, 8], segmentation=[[1, 2]] if i <= damaged else None)
@@ -316,7 +315,9 @@ def test_text_ids_are_used_as_they_are(write_json, tmp_path):
     store = AnnotationStore.open(write_json(content), cache=tmp_path / "c")
     assert store.report.counts == {}
     assert store.image_ids == ("img-a",)
-    assert pickle.loads(pickle.dumps(store)).record(0).image_id == "img-a"
+    text = pickle.dumps(store)
+    assert len(text) < 1000
+    assert pickle.loads(text).record(0).image_id == "img-a"
 
 
 @pytest.mark.parametrize(
@@ -587,15 +588,6 @@ def test_the_store_is_made_once_and_again_when_the_source_changes(
     monkeypatch.undo()
     source.write_text(json.dumps(document([IMAGE], [])))
     assert AnnotationStore.open(source, cache=tmp_path / "cache").report.annotations_in == 0
-
-
-def test_a_store_can_be_pickled(write_json, tmp_path):
-    store = open_one(write_json, tmp_path, annotation(1, 1, 3, [1, 1, 5, 5]))
-    text = pickle.dumps(store)
-    assert len(text) < 1000
-    again = pickle.loads(text)
-    assert again.record(0).boxes_A4.tolist() == [[1, 1, 6, 6]]
-    assert store.damaged_columns() == []
 
 
 def test_losses_are_told_whoever_made_the_store(write_json, tmp_path, caplog):

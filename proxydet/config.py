@@ -49,7 +49,7 @@ _MOST_ROWS = 200
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What PyYAML and tomllib raise, besides their own errors, for nesting, tags and numbers that they did not expect."""
 
-_LONG_KEY = re.compile(r"""(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){32}""")
+_LONG_KEY = re.compile(r"""(?:(?:(?<![\w-])[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){32}""")
 """A dotted key of TOML with so many parts that the tables it stands for fill the memory."""
 
 _shown = reprlib.Repr()
@@ -526,6 +526,15 @@ def parse_toml(text: str, where: str = "the text", path: Path | None = None) -> 
         if key := _LONG_KEY.search(text):
             raise ValueError(f"{key[0][:20]}... has too many parts")
         content: dict[str, Any] = tomllib.loads(text)
+        waiting: list[Any] = [content]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, dict | list):
+                waiting.extend(value.values() if isinstance(value, dict) else value)
+            elif (
+                isinstance(value, int) and value.bit_length() > 64
+            ):  # Python cannot print the longest
+                raise ValueError("an integer does not fit into 64 bits")
     except tomllib.TOMLDecodeError as error:
         raise _not_valid(where, "TOML", str(error), path) from error
     except _MALFORMED as error:

@@ -29,7 +29,9 @@ from proxydet.evaluation.evaluate import run_evaluation
 from proxydet.manifest import read_run_records
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import Prediction, masks, rles
+from proxydet.recipes import resolve_config
 from proxydet.training.distributed import DistInfo
+from proxydet.training_run import scheduled_evaluation
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 
@@ -144,6 +146,28 @@ def test_any_number_of_processes_gives_the_same_files(
     assert report.to_dict() == alone.to_dict()
     for name in ("predictions.json", "identity.json"):
         assert (together / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_an_evaluation_of_a_training_that_began_with_other_settings_is_made_again(
+    dataset, vocabulary, tmp_path, monkeypatch, caplog
+):
+    """As of a run that was killed while it predicted, and is resumed with another threshold."""
+    made: list[Guesser] = []
+
+    def detector(network: nn.Module, *, inference: InferenceConfig, **_: Any) -> Guesser:
+        made.append(Guesser(vocabulary))
+        made[-1].inference = inference
+        return made[-1]
+
+    monkeypatch.setattr("proxydet.training_run.Detector", detector)
+    for threshold in (0.5, 0.1):
+        data = f"data.description={dataset}"
+        settings = (data, f"inference.score_threshold={threshold}", "evaluation.bootstrap=0")
+        run = scheduled_evaluation(resolve_config("tiny", overrides=settings))
+        assert run is not None
+        assert "segm/AP" in run(nn.Identity(), 3, tmp_path / "step_3")
+    assert [one.seen for one in made] == [9, 9]
+    assert "other inference settings" in caplog.text
 
 
 def test_the_main_process_chooses_the_number_format_for_all(

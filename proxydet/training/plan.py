@@ -7,7 +7,6 @@ proposals, losses and the optimiser are left out.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import shlex
@@ -44,9 +43,9 @@ from proxydet.training.runfolder import (
     Resume,
     RunFolder,
     check_same,
-    earlier_run,
     is_whole,
     prepare,
+    read_last_iteration,
 )
 from proxydet.training.step import check_precision
 from proxydet.training.train import (
@@ -94,82 +93,75 @@ _FAST = 5e9
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """A file or folder that a training reads."""
+    """A file or folder that a training reads.
+
+    Attributes:
+        what: What it is for.
+        path: Where it is expected; empty where nothing names it.
+        present: Whether it is there.
+        problem: What is wrong with it, where that is more than being absent.
+        command: A command that makes it where it is absent; empty where none is known.
+    """
 
     what: str
-    """What it is for."""
-
     path: str
-    """Where it is expected; empty where nothing names it."""
-
     present: bool
-    """Whether it is there."""
-
     problem: str = ""
-    """What is wrong with it, where that is more than being absent."""
-
     command: str = ""
-    """A command that makes it where it is absent; empty where none is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSpeed:
-    """What a device reaches."""
+    """What a device reaches.
+
+    Attributes:
+        operations: Floating-point operations a second of a large convolution, by precision.
+        memory: Bytes a second that are read or written by an operation that returns a new large tensor.
+        launch: Seconds of a small operation within a step.
+    """
 
     operations: dict[str, float]
-    """Floating-point operations a second of a large convolution, by precision."""
-
-    moved: float
-    """Bytes a second that are read or written by a copy of a large tensor over another."""
-
-    fresh: float
-    """Bytes a second that are read or written by an operation that returns a new large tensor."""
-
+    memory: float
     launch: float
-    """Seconds of a small operation within a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartCost:
-    """What a part of the network takes of one batch."""
+    """What a part of the network takes of one batch.
+
+    Attributes:
+        name: backbone (with the pyramid), tower (of the proposal network), box heads or mask head.
+        precision: Of its products.
+        operations: Floating-point operations, forward and backward; a multiply-add is two.
+        kept_bytes: What the forward pass keeps for the backward pass.
+    """
 
     name: str
-    """backbone (with the pyramid), tower (of the proposal network), box heads or mask head."""
-
     precision: Precision
-    """Of its products."""
-
     operations: float
-    """Floating-point operations, forward and backward; a multiply-add is two."""
-
     kept_bytes: float
-    """What the forward pass keeps for the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchCost:
-    """What one batch of a source takes."""
+    """What one batch of a source takes.
+
+    Attributes:
+        kind: boxes or labels.
+        images: Images.
+        share: Share of the batches that are of this source, in [0, 1].
+        regions: Regions that the box heads learn from.
+        on_objects: Those of them that stand for objects, expected once proposals find them: mixup branch and mask head
+            learn from these.
+        parts: What each part takes.
+    """
 
     kind: str
-    """boxes or labels."""
-
     images: int
-    """Images."""
-
     share: float
-    """Share of the batches that are of this source, in [0, 1]."""
-
     regions: int
-    """Regions that the box heads learn from."""
-
     on_objects: int
-    """Those of them that stand for objects, expected once proposals find them: mixup branch and mask head learn from these."""
-
-    weight_bytes: float
-    """Weights that are read, and gradients that are written."""
-
     parts: tuple[PartCost, ...]
-    """What each part takes."""
 
     @property
     def kept_bytes(self) -> float:
@@ -179,46 +171,35 @@ class BatchCost:
     def seconds(self, speed: DeviceSpeed) -> float:
         """Return its time: arithmetic, each part in its precision; moving what is kept; and launching."""
         arithmetic = sum(part.operations / speed.operations[part.precision] for part in self.parts)
-        moving = (_TIMES_MOVED * self.kept_bytes + self.weight_bytes) / speed.fresh
+        moving = _TIMES_MOVED * self.kept_bytes / speed.memory
         return arithmetic + moving + _LAUNCHES[self.kind] * speed.launch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a training takes, roughly: within a factor of two on an idle machine."""
+    """What a training takes, roughly: within a factor of two on an idle machine.
+
+    Attributes:
+        device: Where it would compute.
+        parameters: Parameters of the network.
+        memory_gib: Memory of the device, a process.
+        seconds_per_step: Time of a step: of the slowest process, on average over the steps.
+        speed: What the device reached in a short probe: of a CPU, what it would reach if no other program ran.
+        objects_an_image: Objects of a training image: of the annotations where they were read, else LVIS'.
+        batches: What the time and memory are computed from.
+        hours: Time of all steps that are left.
+        images: Images that all processes see in them.
+    """
 
     device: str
-    """Where it would compute."""
-
     parameters: int
-    """Parameters of the network."""
-
     memory_gib: float
-    """Memory of the device, a process."""
-
     seconds_per_step: float
-    """Time of a step: of the slowest process, on average over the steps."""
-
     speed: DeviceSpeed
-    """What the device reached in a short probe: of a CPU, what it would reach if no other program ran."""
-
     objects_an_image: float
-    """Objects of a training image: of the annotations where they were read, else LVIS'."""
-
     batches: tuple[BatchCost, ...]
-    """What the time and memory are computed from."""
-
-    together: bool
-    """Whether the batches of a step are of one kind on all processes, or each process draws its own."""
-
-    processes: int
-    """How many processes train."""
-
     hours: float
-    """Time of all steps that are left."""
-
     images: int
-    """Images that all processes see in them."""
 
     def lines(self) -> list[str]:
         """Return the estimate for people to read."""
@@ -226,81 +207,63 @@ class Estimate:
         duration = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
         if hours < 1:
             duration = f"{max(hours * 60, 0.1):.2g} minutes"
+        reached = (
+            f"{rate / 1e9:.3g} GFLOP/s in {name}" for name, rate in self.speed.operations.items()
+        )
         lines = [
             f"device       {self.device}, at least {self.memory_gib:.2g} GiB a process, "
             f"{self.parameters / 1e6:.1f} M parameters",
-            f"time         about {duration}: {self.seconds_per_step:.2g} s a step, "
-            f"{self.images:,} images; a rough guess: a convolution reaches "
-            + ", ".join(
-                f"{speed / 1e9:.3g} GFLOP/s in {precision}"
-                for precision, speed in self.speed.operations.items()
-            )
-            + f", a copy {self.speed.moved / 1e9:.3g} GB/s, into new memory {self.speed.fresh / 1e9:.3g}, "
-            f"a small operation {self.speed.launch * 1e6:.2g} us (it takes longer where other programs run)",
+            f"time         about {duration}: {self.seconds_per_step:.2g} s a step, {self.images:,} images; a rough guess: a "
+            f"convolution reaches {', '.join(reached)}, memory {self.speed.memory / 1e9:.3g} GB/s, a small operation "
+            f"{self.speed.launch * 1e6:.2g} us (it takes longer where other programs run)",
         ]
         for batch in self.batches:
-            parts = ", ".join(
-                f"{part.name} {part.operations / 1e12:.2g} in {part.precision}"
-                for part in batch.parts
+            parts = (f"{p.name} {p.operations / 1e12:.2g} in {p.precision}" for p in batch.parts)
+            objects = (
+                f", {batch.on_objects:,} on objects (of {self.objects_an_image:.3g} objects an image, {_REGIONS_AN_OBJECT} "
+                "regions each, up to cascade.positive_fraction; with fresh weights fewer at first)"
             )
             lines.append(
                 f"{'of ' + batch.kind:12} {batch.images} images a process, {batch.share:.0%} of the batches: "
-                f"{batch.seconds(self.speed):.2g} s, {batch.kept_bytes / 2**30:.2g} GiB kept for the backward "
-                f"pass; TFLOP: {parts}; box heads learn from {batch.regions:,} regions"
-                + (
-                    f", {batch.on_objects:,} on objects (of {self.objects_an_image:.3g} objects an image, {_REGIONS_AN_OBJECT} "
-                    "regions each, up to cascade.positive_fraction; with fresh weights fewer at first)"
-                    * bool(batch.on_objects)
-                )
+                f"{batch.seconds(self.speed):.2g} s, {batch.kept_bytes / 2**30:.2g} GiB kept for the backward pass; "
+                f"TFLOP: {', '.join(parts)}; box heads learn from {batch.regions:,} regions"
+                + objects
+                * bool(batch.on_objects)
             )
-        if self.processes > 1 and len(self.batches) > 1:
-            lines.append(
-                "of a step    all processes take the same kind of batch (data.ranks_share_group)"
-                if self.together
-                else f"of a step    the slowest of {self.processes} processes, which draw the kinds of their batches independently "
-                "(data.ranks_share_group=true: the same kind)"
-            )
-        if self.device == "cpu" and self.hours > 24:
+        if self.device == "cpu" and hours > 24:
             lines.append("slow         this recipe is made for GPUs; on a CPU it takes very long")
         return lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What a training would do."""
+    """What a training would do.
+
+    Attributes:
+        folder: The run folder.
+        resumes_after: Iteration of the checkpoint that it would resume from; None starts a new run.
+        removes: Iterations of the run in the folder that it would remove; None where it removes none.
+        finished: Whether the run is finished, so that nothing would be done.
+        launch: Processes.
+        config: The configuration of the run: resolved, scaled to the number of processes, fitted to the text embeddings.
+        given: The training's settings as they are given, before scaling.
+        needs: What it reads.
+        notes: What to know of it: that no masks are trained, or not by all objects; that it is long for so few images.
+        estimate: Memory and time.
+        command: The launch command, as words.
+    """
 
     folder: Path
-    """The run folder."""
-
     resumes_after: int | None
-    """Iteration of the checkpoint that it would resume from; None starts a new run."""
-
     removes: int | None
-    """Iterations of the run in the folder that it would remove; None where it removes none."""
-
     finished: bool
-    """Whether the run is finished, so that nothing would be done."""
-
     launch: LaunchPlan
-    """Processes."""
-
     config: RunConfig
-    """The configuration of the run: resolved, scaled to the number of processes, fitted to the text embeddings."""
-
     given: TrainingConfig
-    """The training's settings as they are given, before scaling."""
-
     needs: tuple[Need, ...]
-    """What it reads."""
-
     notes: tuple[str, ...]
-    """What to know of it: that no masks are trained, or not by all objects; that it is long for so few images."""
-
     estimate: Estimate
-    """Memory and time."""
-
     command: tuple[str, ...]
-    """The launch command, as words."""
 
     @property
     def missing(self) -> tuple[Need, ...]:
@@ -309,6 +272,7 @@ class TrainingPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON can hold it."""
+        scaled = differences(self.given, self.config.training, "training")
         return {
             "folder": str(self.folder),
             "resumes_after": self.resumes_after,
@@ -317,10 +281,7 @@ class TrainingPlan:
             "processes": self.launch.world_size,
             "needs": [dataclasses.asdict(need) for need in self.needs],
             "notes": [note.partition(" ")[2].strip() for note in self.notes],
-            "scaled": {
-                key: list(values)
-                for key, values in differences(self.given, self.config.training, "training").items()
-            },
+            "scaled": {key: list(values) for key, values in scaled.items()},
             "estimate": dataclasses.asdict(self.estimate),
             "command": list(self.command),
             "configuration": to_mapping(self.config),
@@ -328,56 +289,49 @@ class TrainingPlan:
 
     def to_text(self) -> str:
         """Return the plan for people to read: the configuration first, what to do about it last."""
-        start = (
-            "finished: nothing to do"
-            if self.finished
-            else f"starts a new run; removes the run of {self.removes} iterations that it holds"
-            if self.removes is not None
-            else "starts a new run"
-            if self.resumes_after is None
-            else f"resumes after iteration {self.resumes_after}"
-        )
+        start, processes = "starts a new run", self.launch.world_size
+        if self.finished:
+            start = "finished: nothing to do"
+        elif self.removes is not None:
+            start += f"; removes the run of {self.removes} iterations that it holds"
+        elif self.resumes_after is not None:
+            start = f"resumes after iteration {self.resumes_after}"
         lines = [
             dump_yaml(self.config, comments=False).rstrip(),
             "",
             f"run folder   {self.folder} ({start})",
-            f"processes    {self.launch.world_size} on {self.launch.nodes} machine(s)",
+            f"processes    {processes} on {self.launch.nodes} machine(s)",
             *self.notes,
-            *self._scaling(),
-            *self.estimate.lines(),
-            "",
-            "what it needs",
-            *(
-                f"  {'there' if need.present else 'UNUSABLE' if need.problem and need.path else 'MISSING':8} "
-                f"{need.what:22} {': '.join(filter(None, [need.path, need.problem]))}"
-                for need in self.needs
-            ),
-            "",
-            "command"
-            + (
-                " (the same by torchrun, on each node)"
-                * bool(self.launch.started and self.launch.torchrun)
-            ),
-            f"  {shlex.join(self.command)}",
         ]
+        now, given = self.config.training, self.given
+        if now.iterations != given.iterations and now.replicas != given.replicas:
+            lines.append(
+                f"scaled       {now.iterations:,} iterations, scaled from {given.iterations:,} x "
+                f"{given.replicas / now.replicas:g}; learning rate {now.optimizer.learning_rate:.3g}, scaled from "
+                f"{given.optimizer.learning_rate:.3g}: the recipe counts on {given.replicas} batches a step, here "
+                f"{now.replicas} (training.scaling)"
+            )
+        lines += self.estimate.lines()
+        if processes > 1 and len(self.estimate.batches) > 1:
+            lines.append(
+                "of a step    all processes take the same kind of batch (data.ranks_share_group)"
+                if self.config.data.ranks_share_group
+                else f"of a step    the slowest of {processes} processes, which draw the kinds of their batches independently "
+                "(data.ranks_share_group=true: the same kind)"
+            )
+        lines += ["", "what it needs"]
+        for need in self.needs:
+            unusable = "UNUSABLE" if need.problem and need.path else "MISSING"
+            place = ": ".join(filter(None, [need.path, need.problem]))
+            lines.append(f"  {'there' if need.present else unusable:8} {need.what:22} {place}")
+        same = " (the same by torchrun, on each node)"
+        same *= bool(self.launch.started and self.launch.torchrun)
+        lines += ["", f"command{same}", f"  {shlex.join(self.command)}"]
         if self.missing:
             lines += ["", f"{len(self.missing)} missing or unusable: training cannot start yet."]
-        commands = dict.fromkeys(need.command for need in self.missing if need.command)
-        if commands:
+        if commands := dict.fromkeys(need.command for need in self.missing if need.command):
             lines += ["what is missing comes with", *(f"  {command}" for command in commands)]
         return "\n".join(lines)
-
-    def _scaling(self) -> list[str]:
-        """What other numbers of batches a step made of the settings, as one line; none where they are used as given."""
-        now, given = self.config.training, self.given
-        if now.iterations == given.iterations or now.replicas == given.replicas:
-            return []
-        factor = f"x {given.replicas / now.replicas:g}"
-        return [
-            f"scaled       {now.iterations:,} iterations, scaled from {given.iterations:,} {factor}; learning rate "
-            f"{now.optimizer.learning_rate:.3g}, scaled from {given.optimizer.learning_rate:.3g}: the recipe counts on "
-            f"{given.replicas} batches a step, here {now.replicas} (training.scaling)"
-        ]
 
 
 def plan_training(
@@ -402,17 +356,10 @@ def plan_training(
     """
     folder = RunFolder(output)
     needs: list[Need] = []
-    finished = False
 
     def need(what: str, path: Path) -> None:
-        needs.append(
-            Need(
-                what=what,
-                path=str(path),
-                present=path.exists(),
-                command=command_that_makes(path) or "",
-            )
-        )
+        command = command_that_makes(path) or ""
+        needs.append(Need(what=what, path=str(path), present=path.exists(), command=command))
 
     def unusable(what: str, path: Path | str, problem: ProxydetError | str) -> None:
         if isinstance(problem, ProxydetError):
@@ -438,11 +385,8 @@ def plan_training(
     removes: int | None = None
     there = (folder.config, folder.manifest, folder.checkpoints, folder.final_weights)
     if overwrite and resume == "never" and any(path.exists() for path in there):
-        removes = max((at for at, _ in list_checkpoints(folder.checkpoints)), default=0)
-        with contextlib.suppress(ProxydetError):
-            run = earlier_run(folder, type(config)) if folder.final_weights.exists() else None
-            removes = run.config.training.iterations if run else removes
-    compared = len(needs)
+        newest = max((at for at, _ in list_checkpoints(folder.checkpoints)), default=0)
+        removes = read_last_iteration(folder.final_weights) or newest
 
     training = scaled.training
     try:
@@ -453,11 +397,12 @@ def plan_training(
         unusable("precision", str(device), error)
     check_own_code(scaled)
     scaled = fit_to_backbone(scaled)
-    if training.weights is not None and resumes_after is None:
-        need("starting weights", training.weights)
-    if resumes_after is None and (lacking := lacking_weights(scaled)) is not None:
-        unusable("starting weights", "", lacking)
-    path = scaled.data.description
+    if resumes_after is None:
+        if training.weights is not None:
+            need("starting weights", training.weights)
+        if (lacking := lacking_weights(scaled)) is not None:
+            unusable("starting weights", "", lacking)
+    path, cache = scaled.data.description, scaled.data.cache
     notes: list[str] = []
     decided, objects_an_image = False, _OBJECTS_AN_IMAGE
     description = None
@@ -470,32 +415,30 @@ def plan_training(
         except ProxydetError as error:
             needs[-1] = dataclasses.replace(needs[-1], present=False, problem=error.message)
     if description is not None:
-        embeddings = description.classes.embeddings
-        need("text embeddings", embeddings)
+        embeddings, train = description.classes.embeddings, description.train
         try:
+            need("text embeddings", embeddings)
             if embeddings.is_file():
                 scaled = fit_to_embeddings(scaled, embedding_dimension(embeddings))
         except ProxydetError as error:
-            text = " ".join(filter(None, [error.message, error.hint]))
-            needs[-1] = dataclasses.replace(needs[-1], present=False, problem=text)
-        if description.train is None:
-            unusable("training annotations", "", "the dataset config has no [train] table")
+            needs.pop()
+            unusable("text embeddings", embeddings, error)
         usable = needs[-1].present
-        for name, split in (("training", description.train), ("validation", description.val)):
+        if train is None:
+            unusable("training annotations", "", "the dataset config has no [train] table")
+        for name, split in (("training", train), ("validation", description.val)):
             if split is not None:
-                needs.append(_annotations(name, split, scaled.data.cache))
+                needs.append(_annotations(name, split, cache))
                 usable = usable and (name != "training" or needs[-1].present)
                 for root in split.roots:
                     need(f"{name} images", root)
         labels = description.image_labels
         if scaled.data.image_labels is not None and labels is not None:
-            for place in (labels.tars, labels.annotations, *labels.roots):
-                if place:
-                    need("image labels", place)
-        if usable and description.train is not None:
-            annotations, cache = description.train.annotations, scaled.data.cache
-            large = annotations.stat().st_size > _LARGEST_READ
-            if large and not AnnotationStore.path_for(description.train, cache=cache).is_file():
+            for place in filter(None, (labels.tars, labels.annotations, *labels.roots)):
+                need("image labels", place)
+        if usable and train is not None:
+            large = train.annotations.stat().st_size > _LARGEST_READ
+            if large and not AnnotationStore.path_for(train, cache=cache).is_file():
                 notes = ["masks        decided when training reads the annotations (data.masks)"]
             else:
                 try:
@@ -510,20 +453,18 @@ def plan_training(
                     if question := question_length(scaled, len(store.image_ids)):
                         notes.append(f"length       {question}")
                 except ProxydetError as error:
-                    unusable("classes and masks", annotations, error)
-    before = len(needs)
+                    unusable("classes and masks", train.annotations, error)
+    same, finished = len(needs), False
     for run in start.earlier if decided else ():
         try:
             check_same(run, scaled)
         except ProxydetError as error:
             unusable("run folder", folder.root, error)
-            needs.insert(compared, needs.pop())
-    if resume == "auto" and start.earlier and start.earlier[0].finished and len(needs) == before:
+    if resume == "auto" and start.earlier and start.earlier[0].finished and len(needs) == same:
         try:
             finished = is_whole(folder, start.earlier[0], config.training.evaluation)
         except ProxydetError as error:
             unusable("finished run", error.path or folder.root, error)
-    left = max(scaled.training.iterations - (resumes_after or 0), 0)
     used = start.batches(scaled.data)
     labelled = description is None or description.image_labels is not None
     return TrainingPlan(
@@ -544,7 +485,7 @@ def plan_training(
             launch.world_size,
             together=scaled.data.ranks_share_group,
             objects_an_image=objects_an_image,
-            steps=float(left / start.step),
+            steps=float(max(scaled.training.iterations - (resumes_after or 0), 0) / start.step),
         ),
         command=launch.command(words),
     )
@@ -552,17 +493,15 @@ def plan_training(
 
 def _annotations(split: str, source: AnnotationSource, cache: Path | None) -> Need:
     """Open the annotations of a split as training and evaluation do, unless they are large."""
-    what, path = f"{split} annotations", source.annotations
-    if not path.exists() or path.stat().st_size > _LARGEST_READ:
-        return Need(what=what, path=str(path), present=path.exists())
-    try:
-        store = AnnotationStore.open(source, cache=cache, warn=False)
-        store.require_objects(groups=split != "training")
-    except DataError as error:
-        problem = error.message
-    else:
-        problem = ""
-    return Need(what=what, path=str(path), present=not problem, problem=problem)
+    path, problem = source.annotations, ""
+    if path.exists() and path.stat().st_size <= _LARGEST_READ:
+        try:
+            store = AnnotationStore.open(source, cache=cache, warn=False)
+            store.require_objects(groups=split != "training")
+        except DataError as error:
+            problem = error.message
+    present = path.exists() and not problem
+    return Need(what=f"{split} annotations", path=str(path), present=present, problem=problem)
 
 
 def estimate_run(
@@ -595,16 +534,16 @@ def estimate_run(
     images = sum(cost.images * cost.share for cost in costs) * training.accumulation * processes
     used = dict.fromkeys(part.precision for cost in costs for part in cost.parts)
     speed = device_speed(device, tuple(used), channels_last=training.precision.channels_last)
-    parameters = network.parameters()
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    trained = sum(p.numel() for p in network.parameters if p.requires_grad)
+    total = sum(p.numel() for p in network.parameters)
     # Losses count the objects of all processes, so that these meet in every batch.
     seconds = training.accumulation * expected_slowest(
         [cost.seconds(speed) for cost in costs],
         [cost.share for cost in costs],
         1 if together else processes,
     )
-    seconds += _OPTIMIZER_BYTES * trained / speed.moved
-    total = sum(p.numel() for p in parameters)
+    weight_bytes = training.accumulation * _WEIGHT_BYTES + _OPTIMIZER_BYTES
+    seconds += weight_bytes * trained / speed.memory
     held = 4 * (total - trained) + _BYTES_PER_PARAMETER * trained
     return Estimate(
         device=str(device),
@@ -614,8 +553,6 @@ def estimate_run(
         speed=speed,
         objects_an_image=objects_an_image,
         batches=tuple(costs),
-        together=together,
-        processes=processes,
         hours=seconds * steps / 3600,
         images=round(images * steps),
     )
@@ -653,45 +590,37 @@ def batch_costs(
     sources = [source for source in (boxes, labels) if source is not None]
     weights = [source.ratio / source.batch_size for source in sources]
     cascade, masks = network.config.cascade, network.config.masks is not None
-    sampled = min(
-        cascade.samples_per_image, network.config.proposals.keep_train + math.ceil(objects_an_image)
-    )
-    found = min(
-        _REGIONS_AN_OBJECT * objects_an_image,
-        int(cascade.samples_per_image * cascade.positive_fraction),
-    )
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    proposed = network.config.proposals.keep_train + math.ceil(objects_an_image)
+    sampled = min(cascade.samples_per_image, proposed)
+    most_found = int(cascade.samples_per_image * cascade.positive_fraction)
+    found = min(_REGIONS_AN_OBJECT * objects_an_image, most_found)
     costs = []
     for source, weight in zip(sources, weights, strict=True):
         images, learnt = source.batch_size, source is boxes
-        features, backbone = network.count(network.pyramid, images, source.size)
-        _, tower = network.count(network.proposals, features)
         regions = images * (sampled if learnt else 1)
         objects = max(round(images * found), 1) if learnt else 0
-        _, heads = network.count(network.heads, regions, objects)
-        moved = regions if learnt else images * cascade.image_label_proposals
+        features, *backbone = network.count(network.pyramid, images, source.size)
+        _, *tower = network.count(network.centernet, features)
+        _, *heads = network.count(network.box_heads, regions, objects)
         moving = 0.0
         if network.config.mixup_branch or not learnt:
-            moving = (cascade.steps - 1) * network.count(network.move, moved)[1][0]
+            moved = regions if learnt else images * cascade.image_label_proposals
+            moving = (cascade.steps - 1) * network.count(network.move, moved)[1]
         work = {
             "backbone": (3 * backbone[0], backbone[1]),
             "tower": (3 * tower[0], tower[1]) if learnt else (tower[0], 0.0),
             "box heads": (3 * heads[0] + moving, heads[1]),
         }
         if masks and learnt:
-            _, mask_head = network.count(network.mask_head, objects)
+            _, *mask_head = network.count(network.mask_head, objects)
             work["mask head"] = (3 * mask_head[0], mask_head[1])
         parts = []
         for name, (operations, kept) in work.items():
-            precision = (
-                training.precision.backbone if name == "backbone" else training.precision.heads
-            )
-            small = _KEPT_IN_16_BITS[name] if precision in ("bf16", "fp16") else 1.0
-            parts.append(
-                PartCost(
-                    name=name, precision=precision, operations=operations, kept_bytes=small * kept
-                )
-            )
+            asked = training.precision
+            precision = asked.backbone if name == "backbone" else asked.heads
+            kept *= _KEPT_IN_16_BITS[name] if precision in ("bf16", "fp16") else 1.0
+            part = PartCost(name=name, precision=precision, operations=operations, kept_bytes=kept)
+            parts.append(part)
         costs.append(
             BatchCost(
                 kind="boxes" if learnt else "labels",
@@ -699,7 +628,6 @@ def batch_costs(
                 share=weight / sum(weights),
                 regions=regions * (1 if learnt else cascade.steps),
                 on_objects=objects,
-                weight_bytes=float(_WEIGHT_BYTES * trained),
                 parts=tuple(parts),
             )
         )
@@ -749,7 +677,6 @@ def device_speed(
             if operations[precision] > _FAST:
                 operations[precision] = convolutions(precision, 2, 64, _PROBE_SECONDS)
     large = torch.zeros(_PROBE_BYTES // 4, device=device)
-    other = torch.empty_like(large)
     layer = nn.Linear(8, 8).to(device)
 
     def many() -> Tensor:
@@ -759,12 +686,11 @@ def device_speed(
         values.sum().backward()  # three operations for each layer, and the sum of its gradients
         return values
 
+    cold = _COLD if device.type == "cpu" else 1
     return DeviceSpeed(
         operations=operations,
-        moved=rate(2.0 * _PROBE_BYTES, lambda: other.copy_(large)[:8], _PROBE_SECONDS / 3),
-        fresh=rate(2.0 * _PROBE_BYTES, lambda: (large + 1)[:8], _PROBE_SECONDS / 3),
-        launch=(_COLD if device.type == "cpu" else 1)
-        / rate(_PROBE_LAUNCHES, many, _PROBE_SECONDS / 3),
+        memory=rate(2.0 * _PROBE_BYTES, lambda: (large + 1)[:8], _PROBE_SECONDS / 3),
+        launch=cold / rate(_PROBE_LAUNCHES, many, _PROBE_SECONDS / 3),
     )
 
 
@@ -773,20 +699,17 @@ class MetaNetwork:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        dimension = config.classifier.embedding_dim
-        self._backbone = build_backbone(config.backbone, config.pyramid).to("meta")
         channels, strides = config.pyramid.channels, config.pyramid.strides
-        self._centernet = CenterNet(config.proposals, channels, strides).to("meta")
-        self._roi_heads = RoiHeads(config, torch.zeros(dimension, 2), torch.ones(1)).to("meta")
+        directions = torch.zeros(config.classifier.embedding_dim, 2)
+        self.backbone = build_backbone(config.backbone, config.pyramid).to("meta")
+        self.centernet = CenterNet(config.proposals, channels, strides).to("meta")
+        self.roi_heads = RoiHeads(config, directions, torch.ones(1)).to("meta")
+        modules = (self.backbone, self.centernet, self.roi_heads)
+        self.parameters = [parameter for module in modules for parameter in module.parameters()]
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return all parameters."""
-        modules = (self._backbone, self._centernet, self._roi_heads)
-        return [parameter for module in modules for parameter in module.parameters()]
-
-    def count(self, part: Callable[..., Any], *arguments: Any) -> tuple[Any, tuple[float, float]]:
-        """Run a part; return its result, and its operations and the bytes that it keeps for backward next to the parameters."""
-        own = {parameter.untyped_storage()._cdata for parameter in self.parameters()}
+    def count(self, part: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
+        """Run a part; return its result, its operations, and the bytes that it keeps for backward next to the parameters."""
+        own = {parameter.untyped_storage()._cdata for parameter in self.parameters}
         kept: dict[int, torch.UntypedStorage] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -799,45 +722,38 @@ class MetaNetwork:
         with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = part(*arguments)
         kept_bytes = sum(storage.nbytes() for storage in kept.values())
-        return result, (float(counter.get_total_flops()), float(kept_bytes))
+        return result, float(counter.get_total_flops()), float(kept_bytes)
 
     def pyramid(self, images: int, size: int) -> list[Tensor]:
         """Run backbone and pyramid on images of a size, padded as the network pads them."""
-        side = -(-size // self._backbone.size_divisibility) * self._backbone.size_divisibility
-        pixels = torch.empty(images, 3, side, side, device="meta")
-        return list(self._backbone(pixels).values())
+        side = -(-size // self.backbone.size_divisibility) * self.backbone.size_divisibility
+        return list(self.backbone(torch.empty(images, 3, side, side, device="meta")).values())
 
-    def proposals(self, features: list[Tensor]) -> object:
-        """Run the proposal network's convolutions."""
-        return self._centernet(features)
-
-    def heads(self, regions: int, objects: int) -> None:
+    def box_heads(self, regions: int, objects: int) -> None:
         """Run the detection branch on a number of regions, and the mixup branch's last step on those that may be objects."""
-        heads = self._roi_heads
-        pooled = self._pooled(regions, self.config.cascade.pool_size)
-        for step in range(self.config.cascade.steps):
+        heads, cascade = self.roi_heads, self.config.cascade
+        pooled = self._pooled(regions, cascade.pool_size)
+        for step in range(cascade.steps):
             features = heads.detection.features(step, pooled)
             heads.detection.deltas(step, features)
             heads.detection.classifier(step)(features)
         if heads.mixup is not None and objects:
-            last = self.config.cascade.steps - 1
-            pooled = self._pooled(objects, self.config.cascade.pool_size)
+            pooled, last = self._pooled(objects, cascade.pool_size), cascade.steps - 1
             heads.mixup.classifier(last)(heads.mixup.features(last, pooled))
 
     def move(self, regions: int) -> None:
         """Run one step of a branch on a number of regions, as to refine their boxes."""
-        branch = self._roi_heads.detection
+        branch = self.roi_heads.detection
         pooled = self._pooled(regions, self.config.cascade.pool_size)
         branch.deltas(0, branch.features(0, pooled))
 
     def mask_head(self, objects: int) -> None:
         """Run the mask head on a number of objects."""
         assert self.config.masks is not None
-        assert self._roi_heads.mask_head is not None
-        self._roi_heads.mask_head.layers(self._pooled(objects, self.config.masks.pool_size))
+        assert self.roi_heads.mask_head is not None
+        self.roi_heads.mask_head.layers(self._pooled(objects, self.config.masks.pool_size))
 
     def _pooled(self, regions: int, side: int) -> Tensor:
         # As pooling returns them: with a gradient to the maps.
-        return torch.empty(
-            regions, self.config.pyramid.channels, side, side, device="meta", requires_grad=True
-        )
+        channels = self.config.pyramid.channels
+        return torch.empty(regions, channels, side, side, device="meta", requires_grad=True)

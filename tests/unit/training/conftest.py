@@ -34,11 +34,9 @@ def unmeasured(monkeypatch) -> None:
         parameters=1,
         memory_gib=1.0,
         seconds_per_step=1.0,
-        speed=DeviceSpeed(operations={}, moved=1.0, fresh=1.0, launch=1.0),
+        speed=DeviceSpeed(operations={}, memory=1.0, launch=1.0),
         objects_an_image=1.0,
         batches=(),
-        together=False,
-        processes=1,
         hours=1.0,
         images=1,
     )

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import shlex
@@ -63,16 +64,17 @@ _EVALUATIONS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """A setting of a fine-tuning, and what it follows from."""
+    """A setting of a fine-tuning, and what it follows from.
+
+    Attributes:
+        key: The configuration key.
+        value: Its value, as YAML.
+        why: What it follows from; ``--set`` where it was given.
+    """
 
     key: str
-    """The configuration key."""
-
     value: str
-    """Its value, as YAML."""
-
     why: str
-    """What it follows from; ``--set`` where it was given."""
 
 
 def finetune_config(
@@ -120,11 +122,9 @@ def finetune_config(
     if epochs is None:
         wanted = math.ceil(_STEPS * per_step / images)
         epochs = min(max(wanted, _LEAST_EPOCHS), _MOST_EPOCHS)
-        why = (
-            f"about {_STEPS:,} iterations"
-            if epochs == wanted
-            else "the " + ("most" if epochs == _MOST_EPOCHS else "least") + " that are chosen"
-        )
+        why = f"the {'most' if epochs < wanted else 'least'} that are chosen"
+        if epochs == wanted:
+            why = f"about {_STEPS:,} iterations"
     iterations = max(round(epochs * images / per_step), 1)
     period = max(round(images / per_step), math.ceil(iterations / _EVALUATIONS), 1)
     validated = dataset.config.val is not None
@@ -179,9 +179,8 @@ def finetune_config(
             nested = {part: nested}
         defaults = overlay(defaults, nested)
     changes = parse_overrides(RunConfig, overrides)
-    neutral = dataclasses.replace(
-        base, evaluation=EvaluationConfig(batch_size=base.evaluation.batch_size)
-    )
+    evaluation = EvaluationConfig(batch_size=base.evaluation.batch_size)
+    neutral = dataclasses.replace(base, evaluation=evaluation)
     config = absolute_paths(merge(neutral, overlay(defaults, changes)))
     given = {text.partition("=")[0].strip() for text in overrides}
     reasons = []
@@ -189,17 +188,10 @@ def finetune_config(
         why = f"the starting detector knows {len(shared)} of {len(vocabulary)} classes by the same name: trained again"
         reasons.append(Reason(key="classes", value=first_of(shared), why=why))
     for key, (_, reason) in chosen.items():
-        value = config
-        for part in key.split("."):
-            value = getattr(value, part)
+        value = functools.reduce(getattr, key.split("."), config)
+        plain = str(value) if isinstance(value, Path) else value
+        text = scalar_text(list(plain) if isinstance(plain, tuple) else plain)
         set_here = any(key == name or key.startswith(f"{name}.") for name in given)
-        text = scalar_text(
-            str(value)
-            if isinstance(value, Path)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-        )
         reasons.append(Reason(key=key, value=text, why="--set" if set_here else reason))
     return config, tuple(reasons)
 
@@ -301,17 +293,14 @@ def check_embeddings(
         problem = "were made without a text encoder (data init --closed): they mean nothing to the starting detector"
     else:
         shared = [name for name in own.names if name in known.names]
-        cosines = (
-            (own.subset(shared).normalised() * known.subset(shared).normalised()).sum(1)
-            if shared
-            else []
-        )
-        other = [name for name, cosine in zip(shared, cosines, strict=True) if cosine < _SAME_TEXT]
-        if other:
-            problem = (
-                f"are not those of the starting detector for classes that both have ({first_of(other)}): another text encoder "
-                "or prompt made them"
-            )
+        if shared:
+            cosines = (own.subset(shared).normalised() * known.subset(shared).normalised()).sum(1)
+            other = [n for n, cosine in zip(shared, cosines, strict=True) if cosine < _SAME_TEXT]
+            if other:
+                problem = (
+                    f"are not those of the starting detector for classes that both have ({first_of(other)}): another text "
+                    "encoder or prompt made them"
+                )
     if problem:
         raise VocabularyError(
             f"the text embeddings {embeddings} {problem}",

@@ -65,44 +65,37 @@ FREE_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunManifest:
-    """What a run was made from."""
+    """What a run was made from.
+
+    Attributes:
+        kind: What ran: ``training``, ``evaluation``.
+        created: UTC time of its start, ISO 8601.
+        proxydet: Version of proxydet.
+        command: The command line of the process.
+        git: Commit of proxydet's source tree and of the working folder's, digests of their uncommitted changes, and a
+            digest of the Python files of the package itself (``proxydet.source``), which needs no git.
+        packages: Version of every installed package.
+        configuration: The resolved configuration.
+        digests: Digests of what went in: annotation stores, vocabulary, starting checkpoint.
+        mode: The reproducibility mode.
+        seeds: The seeds from which every random number derives.
+        world_size: Number of processes.
+        environment: SHA-256 of what ``environment.json`` next to it holds; empty where none is there, and in what version
+            0.1 wrote.
+    """
 
     kind: str
-    """What ran: ``training``, ``evaluation``."""
-
     created: str
-    """UTC time of its start, ISO 8601."""
-
     proxydet: str
-    """Version of proxydet."""
-
     command: tuple[str, ...]
-    """The command line of the process."""
-
     git: dict[str, str | None]
-    """Commit of proxydet's source tree and of the working folder's, digests of their uncommitted changes, and a digest of
-    the Python files of the package itself (``proxydet.source``), which needs no git."""
-
     packages: dict[str, str]
-    """Version of every installed package."""
-
     configuration: dict[str, Any]
-    """The resolved configuration."""
-
     digests: dict[str, str]
-    """Digests of what went in: annotation stores, vocabulary, starting checkpoint."""
-
     mode: Mode
-    """The reproducibility mode."""
-
     seeds: dict[str, int]
-    """The seeds from which every random number derives."""
-
     world_size: int
-    """Number of processes."""
-
     environment: str = ""
-    """SHA-256 of what ``environment.json`` next to it holds; empty where none is there, and in what version 0.1 wrote."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as JSON values."""

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
+from torchvision.ops import box_iou
 
 from proxydet.config import dump_yaml, from_mapping
 from proxydet.data.dataset import Dataset, DatasetConfig
@@ -98,11 +100,8 @@ def run_training(
     """
     finetuned = config.training.finetune.start is not None
     # The report's predictions are shared between the processes, as those of the training's evaluations are.
-    with (
-        connect(config.training.device, config.data.worker_timeout_s)
-        if finetuned
-        else nullcontext()
-    ):
+    processes = connect(config.training.device, config.data.worker_timeout_s)
+    with processes if finetuned else nullcontext():
         result = train(
             config,
             output=output,
@@ -137,16 +136,12 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
         earlier = same_run(folder, config)
     except ConfigError:
         return None
-    if (
-        earlier is None
-        or not earlier.finished
-        or not is_whole(folder, earlier, config.training.evaluation)
-    ):
+    schedule = config.training.evaluation
+    if earlier is None or not earlier.finished or not is_whole(folder, earlier, schedule):
         return None
     report: dict[str, Any] = {}
     with suppress(InputError):  # a damaged one is made again
         report = read_json(folder.report, default={})
-    # Reports of before that could name other images have no such key.
     same = bool(report) and report.get("keep_check") == _keep_check(config)
     if config.training.finetune.start is not None and not same:
         return None
@@ -340,35 +335,31 @@ def finetune_report(
     """
     run, asked = RunFolder(folder), config.training.finetune
     info = current_process()
+    evaluations = read_evaluations(JsonLines(run.evaluations))
+    opened = newest_weights(folder)
+    after = read_last_iteration(opened)
+    classes = list(Vocabulary.load(run.vocabulary).names)
     content: dict[str, Any] = {
         "format": 1,
         "start": asked.start,
         "run": str(folder),
         "keep_check": _keep_check(config),
-    }
-    evaluations = read_evaluations(JsonLines(run.evaluations))
-    opened = newest_weights(folder)
-    after = read_last_iteration(opened)
-    content["weights"] = opened.name
-    content["own"] = {
-        "classes": list(Vocabulary.load(run.vocabulary).names),
-        "before": evaluations.get(0),
-        "after": None if after is None else evaluations.get(after),
-        "iteration": after,
+        "weights": opened.name,
+        "own": {
+            "classes": classes,
+            "before": evaluations.get(0),
+            "after": None if after is None else evaluations.get(after),
+            "iteration": after,
+        },
     }
     start, why = _named_start(folder, config)
-    known = None if start is None else vocabulary_of(start)
-    own = set(content["own"]["classes"])
-    if start is None or known is None:
-        content["kept"] = {
-            "how": "none",
-            "why": why or f"the classes of {asked.start} are not known",
-        }
+    if start is None or vocabulary_of(start) is None:
+        why = why or f"the classes of {asked.start} are not known"
+        content["kept"] = {"how": "none", "why": why}
     else:
         before = open_named(start, device=config.training.device)
-        before.inference = dataclasses.replace(
-            before.inference, masks=before.inference.masks and config.model.masks is not None
-        )
+        masks = before.inference.masks and config.model.masks is not None
+        before.inference = dataclasses.replace(before.inference, masks=masks)
         tuned = Detector.from_run(folder, device=config.training.device)
         check, why = _check_data(start, asked.keep_check)
         if check is not None:
@@ -385,13 +376,12 @@ def finetune_report(
                 for name, detector in (("start", before), ("finetuned", tuned))
             ]
             if scores[0] is not None and scores[1] is not None:
-                content["kept"] = {
-                    "how": "ap",
-                    "data": str(asked.keep_check or check.name),
-                    **_compared(scores[0], scores[1], own),
-                }
+                types = _compared(scores[0], scores[1], set(classes))
+                data = str(asked.keep_check or check.name)
+                content["kept"] = {"how": "ap", "data": data, "types": types}
         elif info.is_main:
-            content["kept"] = {"how": "probe", "why": why, **_probe(before, tuned, config, own)}
+            found = _probe(before, tuned, config, set(classes))
+            content["kept"] = {"how": "probe", "why": why, **found}
     if not info.is_main:
         return None
     write_json(run.report, content)
@@ -407,10 +397,10 @@ def _keep_check(config: RunConfig) -> str | None:
 def _named_start(folder: Path, config: RunConfig) -> tuple[NamedDetector | None, str]:
     """Return the starting detector of a fine-tuning; where it is gone, or not known, None and why."""
     name, weights = config.training.finetune.start, config.training.weights
-    if weights is None or not weights.is_file():
-        return None, f"the starting weights {weights} are not there any more" * (
-            weights is not None
-        )
+    if weights is None:
+        return None, ""
+    if not weights.is_file():
+        return None, f"the starting weights {weights} are not there any more"
     if digests_of(folder).get("weights", digest := sha256(weights)) != digest:
         return None, f"the starting weights {weights} changed since the run began"
     if name in PUBLISHED_MODELS:
@@ -424,10 +414,8 @@ def _check_data(start: NamedDetector, asked: Path | None) -> tuple[DatasetConfig
     if asked is not None:
         return DatasetConfig.from_toml(asked), ""
     if start.run is None:
-        return (
-            None,
-            f"no annotated images of other classes are given (--keep-check), and those of {start.published} take hours",
-        )
+        why = f"no annotated images of other classes are given (--keep-check), and those of {start.published} take hours"
+        return None, why
     path = from_mapping(RunConfig, configuration_of(start.run)).data.description
     try:
         data = DatasetConfig.from_toml(path) if path is not None else None
@@ -444,6 +432,7 @@ def _check_data(start: NamedDetector, asked: Path | None) -> tuple[DatasetConfig
 def _compared(before: Report, after: Report, own: set[str]) -> dict[str, Any]:
     """Return the mean AP, as fractions, over the classes that were not trained, for boxes and masks, and a row a class."""
     found: dict[str, Any] = {}
+    names = ("before_ap", "after_ap", "before_ap50", "after_ap50")
     for kind in before.types.keys() & after.types.keys():
         pairs = [
             (left.name, left.ap, right.ap, left.ap50, right.ap50)
@@ -456,10 +445,10 @@ def _compared(before: Report, after: Report, own: set[str]) -> dict[str, Any]:
         means = [sum(values) / len(values) if values else None for values in columns[1:]]
         found[kind] = {
             "classes": len(pairs),
-            **dict(zip(("before_ap", "after_ap", "before_ap50", "after_ap50"), means, strict=True)),
+            **dict(zip(names, means, strict=True)),
             "by_class": [{"name": n, "before_ap": b, "after_ap": a} for n, b, a, *_ in pairs],
         }
-    return {"types": found}
+    return found
 
 
 def _probe(before: Any, after: Any, config: RunConfig, own: set[str]) -> dict[str, Any]:
@@ -479,40 +468,44 @@ def _probe(before: Any, after: Any, config: RunConfig, own: set[str]) -> dict[st
             for detector in (before, after)
         )
         found += len(old)
-        for box, label in zip(old.boxes_xyxy, old.labels, strict=True):
-            rows = [row for row, name in enumerate(new.labels) if name == label]
-            others_14 = new.boxes_xyxy[rows]
-            corners = np.maximum(box[:2], others_14[:, :2]), np.minimum(box[2:], others_14[:, 2:])
-            inside = np.clip(corners[1] - corners[0], 0, None).prod(axis=1)
-            areas = (others_14[:, 2:] - others_14[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
-            still += bool((inside >= 0.5 * (areas - inside)).any())
+        if len(old) and len(new):
+            same_ON = np.array(old.labels)[:, None] == np.array(new.labels)
+            boxes = (torch.as_tensor(one.boxes_xyxy, dtype=torch.float64) for one in (old, new))
+            near_ON = box_iou(*boxes).numpy() >= 0.5
+            still += int((same_ON & near_ON).any(axis=1).sum())
     return {"images": images, "found_before": found, "found_after": still, "score": _PROBE_SCORE}
 
 
 def report_text(content: Mapping[str, Any]) -> str:
     """Return a report for people to read, AP in percent."""
     lines = []
-    for title, before, after in _scores(content):
-        change = "" if before is None else f"{before:.1f} before, "
-        gain = "" if before is None else f" ({after - before:+.1f})"
-        lines.append(f"{title}: {change}{after:.1f} after{gain}")
+    for title, before, after, change in _scores(content):
+        was = "" if before is None else f"{before:.1f} before, "
+        gain = "" if change is None else f" ({change:+.1f})"
+        lines.append(f"{title}: {was}{after:.1f} after{gain}")
     return "\n".join([*lines, *_notes(content)])
 
 
-def _scores(content: Mapping[str, Any]) -> list[tuple[str, float | None, float]]:
-    """Return what was measured: its name, and AP before and after in percent."""
+def _scores(content: Mapping[str, Any]) -> list[tuple[str, float | None, float, float | None]]:
+    """Return what was measured: its name, AP before and after in percent, and the change."""
     own, kept = content["own"], content["kept"]
-    rows: list[tuple[str, float | None, float]] = []
+    found: list[tuple[str, float | None, float]] = []
     for metric, after in (own["after"] or {}).items():
         if metric.endswith(("/AP", "/AP50")):
-            old = (own["before"] or {}).get(metric)
-            before = None if old is None else 100 * old
-            rows.append((f"{len(own['classes'])} own classes, {metric}", before, 100 * after))
+            title = f"{len(own['classes'])} own classes, {metric}"
+            found.append((title, (own["before"] or {}).get(metric), after))
     for kind, part in sorted(kept.get("types", {}).items()):
         if part["before_ap"] is not None:
             title = f"{part['classes']} classes that were not trained, {kind}/AP"
-            rows.append((title, 100 * part["before_ap"], 100 * part["after_ap"]))
-    return rows
+            found.append((title, part["before_ap"], part["after_ap"]))
+    return [
+        (title, *((None, 100 * now, None) if old is None else _row(old, now)))
+        for title, old, now in found
+    ]
+
+
+def _row(before: float, after: float) -> tuple[float, float, float]:
+    return 100 * before, 100 * after, 100 * (after - before)
 
 
 def _notes(content: Mapping[str, Any]) -> list[str]:
@@ -543,43 +536,25 @@ def _notes(content: Mapping[str, Any]) -> list[str]:
 
 
 def _write_page(folder: RunFolder, content: Mapping[str, Any]) -> None:
-    scores = [
-        (title, before, after, None if before is None else after - before)
-        for title, before, after in _scores(content)
-    ]
-    columns = ("AP in percent", "before", "after", "change")
-    sections = [
-        Section(
-            title="Result",
-            text="\n\n".join(_notes(content)),
-            tables=[Table(columns=columns, rows=scores)] if scores else (),
-        )
-    ]
+    columns, scores = ("AP in percent", "before", "after", "change"), _scores(content)
+    tables = [Table(columns=columns, rows=scores)] if scores else ()
+    sections = [Section(title="Result", text="\n\n".join(_notes(content)), tables=tables)]
     for kind, part in sorted(content["kept"].get("types", {}).items()):
-        rows = [
-            (
-                row["name"],
-                100 * row["before_ap"],
-                100 * row["after_ap"],
-                100 * (row["after_ap"] - row["before_ap"]),
-            )
-            for row in sorted(part["by_class"], key=lambda row: row["after_ap"] - row["before_ap"])
-        ]
-        table = Table(columns=("class", "before", "after", "change"), rows=rows)
+        rows = [(row["name"], *_row(row["before_ap"], row["after_ap"])) for row in part["by_class"]]
+        rows.sort(key=lambda row: row[3])
+        title = f"Classes that were not trained, {kind} AP in percent"
         sections.append(
-            Section(title=f"Classes that were not trained, {kind} AP in percent", tables=[table])
+            Section(title=title, tables=[Table(columns=("class", *columns[1:]), rows=rows)])
         )
     run, words = shlex.quote(str(folder.root)), "mug, kettle"
     if (folder.root / "text_encoder.json").exists():  # which knows few words
         names = Vocabulary.load(folder.root / "vocabulary.npz").names
         others = [name for name in names if name not in content["own"]["classes"]]
         words = ", ".join((others or content["own"]["classes"])[:2])
+    predict = f"proxydet predict --run {run} photo.jpg"
     commands = [
-        Command(command=f"proxydet predict --run {run} photo.jpg", does="finds your classes"),
-        Command(
-            command=f"proxydet predict --run {run} photo.jpg -v {shlex.quote(words)}",
-            does="finds any other classes",
-        ),
+        Command(command=predict, does="finds your classes"),
+        Command(command=f"{predict} -v {shlex.quote(words)}", does="finds any other classes"),
     ]
     sections.append(Section(title="Next", commands=commands))
     own = content["own"]

@@ -40,68 +40,57 @@ class TrainingState:
 
     There is no random state among it: each batch draws from the seed and its number alone; nor a position of the
     sampler or of the learning-rate schedule: they are functions of the number of batches and of the progress.
+
+    Attributes:
+        network: The detector; its state dict has the published names.
+        model: The module whose forward pass gives losses: a `TrainingModel` around the network, or DDP around that.
+        optimizer: Optimiser over the trained parameters.
+        scaler: Loss scaler; disabled unless fp16.
+        seed: Seed of the run.
+        replicas: Batches of an iteration when the run began.
+        run: JSON of what the run is made from: ``configuration`` and ``digests``.
+        progress: Iterations so far: images used, over those of an iteration when the run began, for batches of average
+            size.
+        step: How many iterations the last step counted as: above or below 1 where a step has more or fewer images than when
+            the run began.
+        batches: Batches that all processes have used: the number of the next one, from which it draws.
+        draws: Batches that each process has used; differs from ``batches`` by the numbers of processes.
+        images: Images in all batches.
+        skipped: Steps that left the weights alone because a loss was not finite.
+        window: Sums of the log record that is being collected.
+        average: Moving average of trained parameters and of buffers, by name; None where none is kept.
+        start: Starting values that the trained weights are mixed with to be evaluated and written, by name; empty where
+            they are not.
+        share: Share of the trained weights in that mixture.
     """
 
     network: nn.Module
-    """The detector; its state dict has the published names."""
-
     model: nn.Module
-    """The module whose forward pass gives losses: a `TrainingModel` around the network, or DDP around that."""
-
     optimizer: torch.optim.Optimizer
-    """Optimiser over the trained parameters."""
-
     scaler: torch.amp.GradScaler
-    """Loss scaler; disabled unless fp16."""
-
     seed: int
-    """Seed of the run."""
-
     replicas: int
-    """Batches of an iteration when the run began."""
-
     run: str = ""
-    """JSON of what the run is made from: ``configuration`` and ``digests``."""
-
     progress: Fraction = Fraction(0)
-    """Iterations so far: images used, over those of an iteration when the run began, for batches of average size."""
-
     step: Fraction = Fraction(1)
-    """How many iterations the last step counted as: above or below 1 where a step has more or fewer images than when the run began."""
-
     batches: int = 0
-    """Batches that all processes have used: the number of the next one, from which it draws."""
-
     draws: int = 0
-    """Batches that each process has used; differs from ``batches`` by the numbers of processes."""
-
     images: int = 0
-    """Images in all batches."""
-
     skipped: int = 0
-    """Steps that left the weights alone because a loss was not finite."""
-
     window: dict[str, Any] = field(default_factory=dict)
-    """Sums of the log record that is being collected."""
-
     average: dict[str, torch.Tensor] | None = None
-    """Moving average of trained parameters and of buffers, by name; None where none is kept."""
-
     start: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Starting values that the trained weights are mixed with to be evaluated and written, by name; empty where they are not."""
-
     share: float = 1.0
-    """Share of the trained weights in that mixture."""
 
     @property
     def iteration(self) -> int:
         """Whole iterations so far."""
         return int(self.progress)
 
-    def start_average(self) -> None:
-        """Begin the average with the network's values as they are."""
+    def learnt(self) -> dict[str, torch.Tensor]:
+        """Return copies of what training changes, by name: the trained parameters and the buffers."""
         parameters = dict(self.network.named_parameters())
-        self.average = {
+        return {
             name: value.detach().clone()
             for name, value in self.network.state_dict().items()
             if value.is_floating_point()
@@ -168,20 +157,15 @@ class TrainingState:
             content["trained"] = {name: trained[name] for name in evaluated}
         if self.average is not None and self.start:
             content["average"] = dict(self.average)
+        plain = ("seed", "iteration", "batches", "draws", "images", "skipped", "run")
         return {
             **content,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "seed": self.seed,
-            "iteration": self.iteration,
             "progress": str(self.progress),
             "step": str(self.step),
-            "batches": self.batches,
-            "draws": self.draws,
-            "images": self.images,
-            "skipped": self.skipped,
             "window": dict(self.window),
-            "run": self.run,
+            **{name: getattr(self, name) for name in plain},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], draws: int = 1) -> None:
@@ -195,11 +179,9 @@ class TrainingState:
             CheckpointError: It belongs to another model or another seed.
         """
         other = "resume with the run's own configuration; to start from its weights use --weights"
-        if state.get("seed") != self.seed:
-            raise CheckpointError(
-                f"the checkpoint was written with seed {state.get('seed')}, this run has {self.seed}",
-                hint=other,
-            )
+        if (seed := state.get("seed")) != self.seed:
+            message = f"the checkpoint was written with seed {seed}, this run has {self.seed}"
+            raise CheckpointError(message, hint=other)
         try:
             self.network.load_state_dict({**state["model"], **state.get("trained", {})})
             if self.average is not None:
@@ -271,12 +253,8 @@ class CheckpointFolder:
             if kind is None:
                 raise
             # Next to what ends the training.
-            logger.warning(
-                "%s",
-                failed.message
-                if isinstance(failed, ProxydetError)
-                else f"A checkpoint was not written: {failed!r}",
-            )
+            known = failed.message if isinstance(failed, ProxydetError) else None
+            logger.warning("%s", known or f"A checkpoint was not written: {failed!r}")
 
     def path(self, iteration: int) -> Path:
         """Return the name of the checkpoint after a number of iterations."""
@@ -382,7 +360,8 @@ def _copy_to_host(state: Mapping[str, Any]) -> dict[str, Any]:
             return type(value)(copy(inner) for inner in value)
         return value
 
-    return {key: copy(value) for key, value in state.items()}
+    copied: dict[str, Any] = copy(state)
+    return copied
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -394,42 +373,34 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return _read(path, whole=True)
 
 
-def read_iteration(path: Path) -> int:
-    """Return how many iterations a training checkpoint was written after, without reading its weights.
+def read_header(path: Path) -> dict[str, Any]:
+    """Return what a training checkpoint says of itself, without reading its weights.
+
+    Returns:
+        As `load_checkpoint`, without tensors; ``run`` is the mapping with ``configuration`` and ``digests`` of the run that wrote
+        it, empty of version 0.1.
 
     Raises:
         CheckpointError: The file is absent, cut off, unsafe, or not a training checkpoint of this program.
     """
-    return int(_read(path, whole=False)["iteration"])
-
-
-def read_run(path: Path) -> dict[str, Any] | None:
-    """Return ``configuration`` and ``digests`` of the run that wrote a training checkpoint; None of version 0.1.
-
-    Raises:
-        CheckpointError: As `read_iteration`.
-    """
+    header = _read(path, whole=False)
     try:
-        run = json.loads(_read(path, whole=False).get("run") or "null")
+        run = json.loads(header.get("run") or "null")
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}", hint=_OLDER, path=path) from error
-    return run if isinstance(run, dict) else None
+    return {**header, "run": run if isinstance(run, dict) else {}}
 
 
 def _read(path: Path, *, whole: bool) -> dict[str, Any]:
     """Read a checkpoint: all of it, compared with its digest; or without its tensors."""
     if path.suffix == ".safetensors":
-        raise CheckpointError(
-            f"{path} holds weights, and not the state of a training", hint=_OTHER_WEIGHTS, path=path
-        )
+        message = f"{path} holds weights, and not the state of a training"
+        raise CheckpointError(message, hint=_OTHER_WEIGHTS, path=path)
     state = read_content(path, tensors=whole, hint=_OLDER)
     ours = isinstance(state, dict) and state.get("format") in (1, FORMAT)
     final = ours and "model" in state and "optimizer" not in state
     if not ours or final or not isinstance(state.get("iteration"), int):
         weights = ": it holds final weights, and not the state of a training" * final
-        raise CheckpointError(
-            f"{path} is not a training checkpoint of this program{weights}",
-            hint=_OTHER_WEIGHTS,
-            path=path,
-        )
+        message = f"{path} is not a training checkpoint of this program{weights}"
+        raise CheckpointError(message, hint=_OTHER_WEIGHTS, path=path)
     return dict(state)

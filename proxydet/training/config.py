@@ -41,11 +41,9 @@ class OptimizerConfig:
     for one process skip."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "learning_rate must be above 0", self.learning_rate)
+        _require_positive(self, "learning_rate", "clip_value")
         _require(self.weight_decay >= 0, "weight_decay must not be negative", self.weight_decay)
         _require(all(0 <= b < 1 for b in self.betas), "betas must lie in [0, 1)", self.betas)
-        clip = self.clip_value
-        _require(clip is None or clip > 0, "clip_value must be above 0 or null", clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +60,8 @@ class ScheduleConfig:
     """Fraction of the learning rate at which warm-up starts."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.warmup_iterations >= 0,
-            "warmup_iterations must not be negative",
-            self.warmup_iterations,
-        )
+        warmup = self.warmup_iterations
+        _require(warmup >= 0, "warmup_iterations must not be negative", warmup)
         _require(0 < self.warmup_start <= 1, "warmup_start must lie in (0, 1]", self.warmup_start)
 
 
@@ -116,11 +111,7 @@ class PrecisionConfig:
         return {**parts, **kept}
 
     def __post_init__(self) -> None:
-        _require(
-            self.initial_loss_scale > 0,
-            "initial_loss_scale must be above 0",
-            self.initial_loss_scale,
-        )
+        _require_positive(self, "initial_loss_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +135,7 @@ class CheckpointConfig:
     default, and keep the checkpoint they come from."""
 
     def __post_init__(self) -> None:
-        _require(self.period > 0, "period must be above 0", self.period)
-        _require(self.keep_last > 0, "keep_last must be above 0", self.keep_last)
-        every = self.keep_every
-        _require(every is None or every > 0, "keep_every must be above 0 or null", every)
+        _require_positive(self, "period", "keep_last", "keep_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +161,7 @@ class EvaluationSchedule:
     """Stop training early after this many evaluations in a row without a new best value of the metric; null never does."""
 
     def __post_init__(self) -> None:
-        _require(self.period is None or self.period > 0, "period must be above 0", self.period)
-        patience = self.patience
-        _require(patience is None or patience > 0, "patience must be above 0 or null", patience)
+        _require_positive(self, "period", "patience")
         _require(self.start >= 0, "start must not be negative", self.start)
 
 
@@ -193,9 +179,7 @@ class EmaConfig:
     def __post_init__(self) -> None:
         decay = self.decay
         _require(decay is None or 0 < decay < 1, "decay must lie in (0, 1) or be null", decay)
-        _require(
-            self.warmup_iterations > 0, "warmup_iterations must be above 0", self.warmup_iterations
-        )
+        _require_positive(self, "warmup_iterations")
 
     def decay_after(self, iterations: float) -> float:
         """Return the decay of one iteration after a number of iterations, where the average is on."""
@@ -218,7 +202,7 @@ class LogConfig:
     that fails is reported and left out, and training continues."""
 
     def __post_init__(self) -> None:
-        _require(self.period > 0, "period must be above 0", self.period)
+        _require_positive(self, "period")
         for name in self.loggers:
             if name not in LOGGERS and not is_python_path(name):
                 raise ConfigError(
@@ -327,20 +311,11 @@ class TrainingConfig:
     """What happens when something goes wrong."""
 
     def __post_init__(self) -> None:
-        _require(self.iterations > 0, "iterations must be above 0", self.iterations)
-        _require(self.replicas > 0, "replicas must be above 0", self.replicas)
-        _require(self.accumulation > 0, "accumulation must be above 0", self.accumulation)
-        mixed = self.interpolation < 1
-        _require(
-            0 < self.interpolation <= 1, "interpolation must lie in (0, 1]", self.interpolation
-        )
-        _require(
-            self.weights is not None or not mixed,
-            "interpolation below 1 needs starting weights (training.weights)",
-            self.interpolation,
-        )
-        threads = self.threads
-        _require(threads is None or threads > 0, "threads must be above 0 or null", threads)
+        _require_positive(self, "iterations", "replicas", "accumulation", "threads")
+        mixed = self.interpolation
+        _require(0 < mixed <= 1, "interpolation must lie in (0, 1]", mixed)
+        what = "interpolation below 1 needs starting weights (training.weights)"
+        _require(self.weights is not None or mixed == 1, what, mixed)
 
 
 def scale_training(config: TrainingConfig, replicas: int) -> TrainingConfig:
@@ -383,12 +358,11 @@ def shortened(config: TrainingConfig, factor: float) -> TrainingConfig:
         return None if count is None else fewer(count)
 
     schedule, checkpoints, evaluation = config.schedule, config.checkpoints, config.evaluation
+    warmup = round(schedule.warmup_iterations / factor)
     return dataclasses.replace(
         config,
         iterations=fewer(config.iterations),
-        schedule=dataclasses.replace(
-            schedule, warmup_iterations=round(schedule.warmup_iterations / factor)
-        ),
+        schedule=dataclasses.replace(schedule, warmup_iterations=warmup),
         checkpoints=dataclasses.replace(
             checkpoints,
             period=fewer(checkpoints.period),
@@ -400,6 +374,14 @@ def shortened(config: TrainingConfig, factor: float) -> TrainingConfig:
             start=round(evaluation.start / factor),
         ),
     )
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            null = " or null" if "None" in type(config).__annotations__[name] else ""
+            raise ConfigError(f"{name} must be above 0{null}; it is {value!r}.")
 
 
 def _require(holds: bool, message: str, value: Any) -> None:

@@ -38,19 +38,19 @@ KEPT_HINT = "Leave out srun's option --preserve-env (-E)."
 
 @dataclass(frozen=True, kw_only=True)
 class DistInfo:
-    """This process, among the processes of one training."""
+    """This process, among the processes of one training.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+        local_rank: Number of this process on its node.
+        device: Where this process computes.
+    """
 
     rank: int = 0
-    """Number of this process, from 0."""
-
     world_size: int = 1
-    """Number of processes."""
-
     local_rank: int = 0
-    """Number of this process on its node."""
-
     device: torch.device
-    """Where this process computes."""
 
     @property
     def is_main(self) -> bool:
@@ -60,31 +60,27 @@ class DistInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class StartedProcess:
-    """This process among those that another program has started, by what that has put into the environment."""
+    """This process among those that another program has started, by what that has put into the environment.
+
+    Attributes:
+        by: ``torchrun``, or a program that sets the same variables (Ray, Accelerate, Kubernetes); or SLURM's ``srun``.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+        local_rank: Number of this process on its node.
+        local_world_size: Number of processes on this node.
+        nodes: Number of nodes.
+        address: Host at which they meet: ``MASTER_ADDR``, else the first node of the SLURM step.
+        port: Its port: ``MASTER_PORT``, else one that follows from the numbers of SLURM's job and step.
+    """
 
     by: Literal["torchrun", "srun"]
-    """``torchrun``, or a program that sets the same variables (Ray, Accelerate, Kubernetes); or SLURM's ``srun``."""
-
     rank: int
-    """Number of this process, from 0."""
-
     world_size: int
-    """Number of processes."""
-
     local_rank: int
-    """Number of this process on its node."""
-
     local_world_size: int
-    """Number of processes on this node."""
-
     nodes: int
-    """Number of nodes."""
-
     address: str
-    """Host at which they meet: ``MASTER_ADDR``, else the first node of the SLURM step."""
-
     port: str
-    """Its port: ``MASTER_PORT``, else one that follows from the numbers of SLURM's job and step."""
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ) -> StartedProcess | None:
@@ -222,15 +218,12 @@ def connect(device: str, loader_timeout: float = 600.0) -> Iterator[DistInfo]:
         with _waits_together(found.world_size, "gloo" if ours else None, leave=True):
             yield found
         return
-    if (
+    own_gpu = (  # SLURM shows each task its own only (--gpus-per-task, --gpu-bind)
         local_rank < number_in(os.environ, "SLURM_GPUS_ON_NODE")
         and torch.cuda.is_available()
         and torch.cuda.device_count() == 1
-    ):
-        # SLURM shows each task its own GPU only (--gpus-per-task, --gpu-bind).
-        place = choose_device(device)
-    else:
-        place = choose_device(device, local_rank)
+    )
+    place = choose_device(device, 0 if own_gpu else local_rank)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if process is None or process.world_size == 1:
@@ -281,21 +274,19 @@ def _waits_together(
         yield
         return
     try:
-        _wait_group = cast(
-            "dist.ProcessGroup", dist.new_group(backend=backend, timeout=_WAIT_TIMEOUT)
-        )
+        made: Any = dist.new_group(backend=backend, timeout=_WAIT_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"The group in which the processes wait for each other cannot be made: {first_line(error)}",
             hint=_INTERFACE_HINT,
         ) from error
-    ended_well = False
+    _wait_group = made
     try:
         yield
-        ended_well = True
+        leave = True
     finally:
-        made, _wait_group = _wait_group, None
-        if (leave or ended_well) and dist.is_initialized():
+        _wait_group = None
+        if leave and dist.is_initialized():
             dist.destroy_process_group(made)
 
 
@@ -318,12 +309,8 @@ def _existing_group(device: str, local_rank: int) -> DistInfo:
             chosen = local_rank
         place = torch.device("cuda", chosen)
         torch.cuda.set_device(place)
-    return DistInfo(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        local_rank=local_rank,
-        device=place,
-    )
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    return DistInfo(rank=rank, world_size=processes, local_rank=local_rank, device=place)
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
@@ -429,17 +416,15 @@ def decided_by_main(info: DistInfo, decide: Callable[[], T]) -> T:
     """
     if info.world_size == 1:
         return decide()
-    value: T | None = None
-    problem: tuple[type[ProxydetError], str, str | None] | None = None
+    value: Any = None
     if info.is_main:
         try:
             value = decide()
         except ProxydetError as error:
-            problem = type(error), error.message, error.hint
-    value, problem = cast("Any", broadcast_value((value, problem), info))
-    if problem is not None:
-        kind, message, hint = problem
-        raise kind(message, hint=hint)
+            value = error
+    value = broadcast_value(value, info)
+    if isinstance(value, ProxydetError):
+        raise value
     return cast("T", value)
 
 

@@ -50,28 +50,32 @@ _DEFAULT_PORT = "29400"
 _SHUTDOWN_SECONDS = "120"
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 _PAUSE_SECONDS = 5.0
+# Variables of a cluster that state how many nodes there are, the number of this one, where they meet, and at which port.
+_CLUSTERS = (
+    ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"),
+    ("SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS", ""),
+)
 # Set by `launch` to its process id, for its processes: it reports their errors, so they need not.
 LAUNCHER = "PROXYDET_LAUNCHER"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchPlan:
-    """The processes of a training, and who starts them."""
+    """The processes of a training, and who starts them.
+
+    Attributes:
+        processes: Processes on each node: one a GPU.
+        nodes: Nodes.
+        world_size: Processes in all.
+        started: Whether this process is one of them: torchrun, srun or another program has started them all.
+        torchrun: Options of torchrun that start them on each node, or would; empty where this process is all.
+    """
 
     processes: int
-    """Processes on each node: one a GPU."""
-
     nodes: int = 1
-    """Nodes."""
-
     world_size: int
-    """Processes in all."""
-
     started: bool = False
-    """Whether this process is one of them: torchrun, srun or another program has started them all."""
-
     torchrun: tuple[str, ...] = ()
-    """Options of torchrun that start them on each node, or would; empty where this process is all."""
 
     def command(self, words: Sequence[str]) -> tuple[str, ...]:
         """Return the command line that does the work of ``proxydet WORDS`` in all these processes."""
@@ -143,55 +147,59 @@ def plan_launch(
             )
         options = ["--standalone"]
         if process.nodes > 1:
-            meeting = f"{process.address}:{process.port or _DEFAULT_PORT}"
-            options = [f"--nnodes={process.nodes}", *_rendezvous(meeting, "MASTER_PORT")]
+            address = f"{process.address}:{process.port or _DEFAULT_PORT}"
+            options = [f"--nnodes={process.nodes}", *_rendezvous(address, "MASTER_PORT")]
         options.append(f"--nproc-per-node={process.local_world_size}")
+        # torchrun starts as many on each node.
+        even = process.world_size == process.nodes * process.local_world_size > 1
         return LaunchPlan(
             processes=process.local_world_size,
             nodes=process.nodes,
             world_size=process.world_size,
             started=True,
-            # torchrun starts as many on each node.
-            torchrun=tuple(options)
-            if process.world_size == process.nodes * process.local_world_size > 1
-            else (),
+            torchrun=tuple(options) if even else (),
         )
 
-    source, found = "", 1
-    options = []
-    lacking: list[str] = []
-    if "PET_NNODES" in environment:
-        source, found = "PET_NNODES", _count(environment, "PET_NNODES")
-        each = environment.get("PET_NPROC_PER_NODE", "")
-        if each.isdecimal():
-            gpus = gpus or number_in(environment, "PET_NPROC_PER_NODE", least=1)
-        elif each not in ("", "auto", "cpu", "gpu"):
-            raise ConfigError(
-                f"The environment variable PET_NPROC_PER_NODE must be a number of processes, auto, cpu or gpu; it is {each!r}.",
-                hint="Correct it, or unset it: then one process a GPU is started.",
-            )
-        if "PET_RDZV_ENDPOINT" in environment:
-            if ":" in environment["PET_RDZV_ENDPOINT"]:
-                _port(environment["PET_RDZV_ENDPOINT"].rpartition(":")[2], "PET_RDZV_ENDPOINT")
+    cluster = next((names for names in _CLUSTERS if names[0] in environment), None)
+    source, found, options, lacking = "", 1, list[str](), list[str]()
+    if cluster is not None:
+        source, rank, addresses, port = cluster
+        found, meeting = _count(environment, source), environment.get("PET_RDZV_ENDPOINT")
+        if source == "PET_NNODES":
+            each = environment.get("PET_NPROC_PER_NODE", "")
+            if each.isdecimal():
+                gpus = gpus or number_in(environment, "PET_NPROC_PER_NODE", least=1)
+            elif each not in ("", "auto", "cpu", "gpu"):
+                raise ConfigError(
+                    f"The environment variable PET_NPROC_PER_NODE must be a number of processes, auto, cpu or gpu; it is {each!r}.",
+                    hint="Correct it, or unset it: then one process a GPU is started.",
+                )
+        if source == "PET_NNODES" and meeting:
+            if ":" in meeting:
+                _port(meeting.rpartition(":")[2], "PET_RDZV_ENDPOINT")
             for name in ("backend", "endpoint", "id"):
                 value = environment.get(f"PET_RDZV_{name.upper()}")
                 options += [f"--rdzv-{name}={value}"] if value else []
-        else:
-            stated = ("PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
-            lacking = [name for name in stated[:2] if not environment.get(name)]
-            if found > 1 and not lacking:
-                options = _static_rendezvous(environment, *stated, nodes=found)
-    elif "SKYPILOT_NUM_NODES" in environment:
-        source, found = "SKYPILOT_NUM_NODES", _count(environment, "SKYPILOT_NUM_NODES")
-        rank, addresses = "SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS"
-        lacking = [name for name in (rank, addresses) if not environment.get(name, "").strip()]
-        if found > 1 and not lacking and len(environment[addresses].split()) != found:
-            raise ConfigError(
-                f"SKYPILOT_NUM_NODES is {found}, and SKYPILOT_NODE_IPS names {len(environment[addresses].split())}.",
-                hint="Set both as SkyPilot does: SKYPILOT_NODE_IPS has the address of each node on a line of its own.",
-            )
-        if found > 1 and not lacking:
-            options = _static_rendezvous(environment, rank, addresses, nodes=found)
+        elif found > 1:
+            lacking = [name for name in (rank, addresses) if not environment.get(name, "").strip()]
+            hosts = environment.get(addresses, "").split()
+            if not lacking and source == "SKYPILOT_NUM_NODES" and len(hosts) != found:
+                raise ConfigError(
+                    f"SKYPILOT_NUM_NODES is {found}, and SKYPILOT_NODE_IPS names {len(hosts)}.",
+                    hint="Set both as SkyPilot does: SKYPILOT_NODE_IPS has the address of each node on a line of its own.",
+                )
+            if not lacking:
+                number = number_in(environment, rank)
+                if number >= found:
+                    raise ConfigError(
+                        f"{rank} is {number}; the {found} nodes have the numbers 0 to {found - 1}.",
+                        hint=f"Set {rank} to the number of this node, another one on each.",
+                    )
+                options = [
+                    f"--node-rank={number}",
+                    f"--master-addr={hosts[0]}",
+                    f"--master-port={_port(environment.get(port) or _DEFAULT_PORT, port)}",
+                ]
     elif process is not None:
         source, found = "the SLURM step", process.nodes
         options = _rendezvous(f"{process.address}:{process.port}", "MASTER_PORT")
@@ -199,17 +207,15 @@ def plan_launch(
             options.append(f"--rdzv-conf=is_host={int(process.rank == 0)}")
     elif whole_job and nodes is None and environment.get("SLURM_JOB_NUM_NODES", "1") != "1":
         count = environment["SLURM_JOB_NUM_NODES"]
+        why = "the command runs on one of them: srun has not started it on each."
         advice = f"srun --ntasks={count} --ntasks-per-node=1 proxydet train ... trains on all; --nodes 1 trains on this one."
         if environment.get("SLURM_STEP_ID", "").isdecimal():
-            raise ConfigError(
-                f"This SLURM job has {count} nodes, and its variables are not those of a step on each of them: the command runs "
-                "on one node only, or srun has passed on the job's variables in place of those of its step.",
-                hint=f"{KEPT_HINT} {advice}",
+            why = (
+                "its variables are not those of a step on each of them: the command runs on one node only, or srun has passed on "
+                "the job's variables in place of those of its step."
             )
-        raise ConfigError(
-            f"This SLURM job has {count} nodes, and the command runs on one of them: srun has not started it on each.",
-            hint=advice,
-        )
+            advice = f"{KEPT_HINT} {advice}"
+        raise ConfigError(f"This SLURM job has {count} nodes, and {why}", hint=advice)
     if source and nodes not in (None, found):
         raise ConfigError(
             f"--nodes is {nodes}, but there are {found} ({source}).",
@@ -234,9 +240,9 @@ def plan_launch(
     elif options:
         options = [f"--nnodes={nodes}", *options]
     else:
+        how = f"{' and '.join(lacking)} must be set" if lacking else "none is given"
         raise ConfigError(
-            f"{nodes} nodes need an address to meet at, and "
-            + (f"{' and '.join(lacking)} must be set." if lacking else "none is given."),
+            f"{nodes} nodes need an address to meet at, and {how}.",
             hint=("Set it as your cluster does; or give" if lacking else "Give")
             + " the same --rendezvous HOST:PORT on every node: the name of one of them and a free port.",
         )
@@ -283,23 +289,6 @@ def _rendezvous(address: str, source: str) -> list[str]:
     return ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--rdzv-id=proxydet"]
 
 
-def _static_rendezvous(
-    environment: Mapping[str, str], rank: str, addresses: str, port: str = "", *, nodes: int
-) -> list[str]:
-    """Return options for nodes that know their numbers, from the names of environment variables."""
-    number = number_in(environment, rank)
-    if number >= nodes:
-        raise ConfigError(
-            f"{rank} is {number}; the {nodes} nodes have the numbers 0 to {nodes - 1}.",
-            hint=f"Set {rank} to the number of this node, another one on each.",
-        )
-    return [
-        f"--node-rank={number}",
-        f"--master-addr={environment[addresses].split()[0]}",
-        f"--master-port={_port(environment.get(port) or _DEFAULT_PORT, port)}",
-    ]
-
-
 def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
     """Run a Python program in every process of a plan by torchrun, and wait for all of them.
 
@@ -328,10 +317,9 @@ def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
     # torchrun would give each process one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // plan.processes)))
     # What it logs, our errors report; its modules' loggers have levels of their own.
-    for name in [
-        name for name in logging.Logger.manager.loggerDict if name.startswith("torch.distributed.")
-    ]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in list(logging.Logger.manager.loggerDict):
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     options = [*plan.torchrun, f"--log-dir={logs}"]
     if plan.processes > 1:
         options.append("--redirects=" + ",".join(f"{n}:3" for n in range(1, plan.processes)))
@@ -359,16 +347,12 @@ def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
                 time.sleep(_PAUSE_SECONDS)
     except SignalException as error:
         number = received[0] if received else int(error.sigval)
+        message = f"Training was stopped by {signal.Signals(number).name} before its processes could write a checkpoint."
+        hint: str | None = START_AGAIN
         recorded = _recorded_error(logs, since, plan.world_size)
         if isinstance(recorded, JobInterruptedError):
-            raise JobInterruptedError(
-                recorded.message, signal_number=number, hint=recorded.hint
-            ) from error
-        raise JobInterruptedError(
-            f"Training was stopped by {signal.Signals(number).name} before its processes could write a checkpoint.",
-            signal_number=number,
-            hint=START_AGAIN,
-        ) from error
+            message, hint = recorded.message, recorded.hint
+        raise JobInterruptedError(message, signal_number=number, hint=hint) from error
     except ChildFailedError as error:
         raise _failure(error, plan.world_size, logs, since) from error
     except (RendezvousError, dist.DistError) as error:
@@ -405,10 +389,7 @@ def worker(
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if launcher and os.getppid() != number_in(os.environ, LAUNCHER):
-            raise TrainingError(
-                "The parent process exited.",
-                hint=START_AGAIN,
-            )
+            raise TrainingError("The parent process exited.", hint=START_AGAIN)
     log = logs / f"rank_{rank}.log"
     handler: logging.Handler = logging.NullHandler()
     package = logging.getLogger("proxydet")
@@ -417,26 +398,20 @@ def worker(
         with entered or contextlib.nullcontext():
             logs.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(log, encoding="utf-8")
-            handler.setFormatter(
-                logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-            )
+            form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+            handler.setFormatter(form)
             package.setLevel(min(logging.INFO, package.getEffectiveLevel()))
             package.addHandler(handler)
             # So that the log that an error names is there, even where the process was killed before it had anything to say.
-            logger.info(
-                "Process %d of %d begins: %d on %s",
-                rank,
-                world_size,
-                os.getpid(),
-                socket.gethostname(),
-            )
+            place = f"{os.getpid()} on {socket.gethostname()}"
+            logger.info("Process %d of %d begins: %s", rank, world_size, place)
             yield
     except BaseException as error:
-        expected = isinstance(error, ProxydetError)
-        logger.critical("Process %d failed: %s", rank, error, exc_info=None if expected else error)
+        known = error if isinstance(error, ProxydetError) else None
+        logger.critical("Process %d failed: %s", rank, error, exc_info=None if known else error)
         _record_error(error, rank, logs)
         if launcher or (isinstance(error, JobInterruptedError) and rank > 0):
-            raise SystemExit(error.exit_code if isinstance(error, ProxydetError) else 1) from error
+            raise SystemExit(known.exit_code if known else 1) from error
         if _is_echo(error):
             raise TrainingError(
                 f"Process {rank} of {world_size} lost the others: {first_line(error)}",
@@ -469,21 +444,17 @@ def _record_error(error: BaseException, rank: int, logs: Path) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    known = isinstance(error, ProxydetError)
+    known = error if isinstance(error, ProxydetError) else None
     # Where every process raises the error, it names the one where it arose.
     arose = error.rank if isinstance(error, NumericsError) else None
-    text = (
-        error.message
-        if isinstance(error, ProxydetError)
-        else f"{type(error).__name__}: {first_line(error)}"
-    )
+    text = known.message if known else f"{type(error).__name__}: {first_line(error)}"
     refused = isinstance(error, (InputError, RuntimeEnvironmentError))
     log = logs / f"rank_{rank if arose is None else arose}.log"
     record = {
         "kind": type(error).__name__ if known else "TrainingError",
         "weight": 0 if known else 2 if _is_echo(error) else 1,
         "message": text,
-        "hint": error.hint if isinstance(error, ProxydetError) else None,
+        "hint": known.hint if known else None,
         "signal": error.signal_number if isinstance(error, JobInterruptedError) else 0,
         "process": None if arose is not None else rank,
         "log": None if refused and holds_logs_only(logs.parent) else str(log),
@@ -505,25 +476,22 @@ def _recorded_error(
         least: 0 for this program's own errors, 1 for any, 2 for those too that another process may have caused.
     """
     records: list[dict[str, Any]] = []
+    keys = ("kind", "message", "hint", "signal", "process", "log", "weight", "time")
     for folder in logs.iterdir() if logs.is_dir() else ():
         attempts = [path for path in folder.glob("attempt_*") if path.name[8:].isdecimal()]
-        attempts.sort(key=lambda path: int(path.name[8:]))
-        for path in attempts[-1].glob("*/error.json") if attempts else ():
+        last = max(attempts, key=lambda path: int(path.name[8:]), default=folder)
+        for path in last.glob("*/error.json"):
             # A process that was killed, or a power cut, may have left anything.
             with contextlib.suppress(InputError, LookupError, TypeError, ValueError):
                 record = read_json(path)["proxydet"]
-                keys = ("kind", "message", "hint", "signal", "process", "log")
-                known = {key: record[key] for key in keys}
-                weight, at = int(record["weight"]), float(record["time"])
-                if at >= since and weight <= least:
-                    records.append({**known, "weight": weight, "time": at})
+                if float(record["time"]) >= since and int(record["weight"]) <= least:
+                    records.append({key: record[key] for key in keys})
     if not records:
         return None
     first = min(records, key=lambda record: (record["weight"], record["time"]))
     if first["kind"] == JobInterruptedError.__name__:
-        return JobInterruptedError(
-            first["message"], signal_number=first["signal"], hint=first["hint"]
-        )
+        number = first["signal"]
+        return JobInterruptedError(first["message"], signal_number=number, hint=first["hint"])
     where = "" if first["process"] is None else f"Process {first['process']} of {world_size}: "
     log = f"Its log: {first['log']}" if first["log"] else None
     hint = " ".join(filter(None, [first["hint"], log]))

@@ -26,7 +26,7 @@ from proxydet.extensions import load_extension, require_signature
 from proxydet.files import JsonLines, write_text
 from proxydet.reporting import Task
 from proxydet.training.checkpoint import TrainingState
-from proxydet.training.config import EvaluationSchedule, LogConfig
+from proxydet.training.config import LOGGERS, EvaluationSchedule, LogConfig
 from proxydet.training.distributed import DistInfo
 from proxydet.training.step import StepResult
 
@@ -38,16 +38,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """The best evaluation of a run."""
+    """The best evaluation of a run.
+
+    Attributes:
+        iteration: Iterations so far when it was made.
+        metric: Name of the metric.
+        value: Its value.
+    """
 
     iteration: int
-    """Iterations so far when it was made."""
-
     metric: str
-    """Name of the metric."""
-
     value: float
-    """Its value."""
 
 
 class Logger(Protocol):
@@ -183,11 +184,8 @@ def find_loggers(config: LogConfig) -> dict[str, type[Logger]]:
         ConfigError: One at a Python path is not there, or cannot be called as a logger is.
         MissingDependencyError: The package of one is not installed.
     """
-    known: dict[str, type[Logger]] = {
-        "tensorboard": TensorBoardLogger,
-        "wandb": WandbLogger,
-        "mlflow": MlflowLogger,
-    }
+    own = (TensorBoardLogger, WandbLogger, MlflowLogger)
+    known: dict[str, type[Logger]] = dict(zip(LOGGERS, own, strict=True))
     found: dict[str, type[Logger]] = {}
     key = "training.log.loggers"
     for name in (*["tensorboard"] * config.tensorboard, *config.loggers):
@@ -289,7 +287,7 @@ class MetricLogger:
             waited: Seconds that the run has waited for data so far.
             record: Whether a record ends with this step.
         """
-        window = self._state.window
+        state, window = self._state, self._state.window
         window["images"] = window.get("images", 0) + result.images
         if not result.skipped:
             window["steps"] = window.get("steps", 0) + 1
@@ -299,8 +297,7 @@ class MetricLogger:
                     sums[name] = sums.get(name, 0.0) + value
         self._clocked_steps += 1
         self._clocked_images += result.images
-        advance = self._state.iteration - self._shown
-        self._shown = self._state.iteration
+        advance, self._shown = state.iteration - self._shown, state.iteration
         if not record:
             self._task.advance(advance)
             return
@@ -314,39 +311,32 @@ class MetricLogger:
             "step_seconds": round(seconds / self._clocked_steps, 6),
             "data_seconds": round((waited - self._waited) / self._clocked_steps, 6),
         }
-        images_per_second = self._clocked_images / seconds
-        iterations = float(self._state.progress - self._clocked_from)
+        images_per_second = round(self._clocked_images / seconds, 3)
+        memory, rate = round(memory_mib(self._ranks.device), 1), result.learning_rate
+        shown = {"lr": rate, "it/s": float(state.progress - self._clocked_from) / seconds}
+        shown |= {"data s": speed["data_seconds"], "MiB": memory}
+        self._task.advance(advance, **self.last, **shown)
         self._restart_clock(waited)
-        self._state.window = {}
-        memory = round(memory_mib(self._ranks.device), 1)
-        self._task.advance(
-            advance,
-            **self.last,
-            **{
-                "lr": result.learning_rate,
-                "it/s": iterations / seconds,
-                "data s": speed["data_seconds"],
-                "MiB": memory,
-            },
-        )
+        state.window = {}
         if not self._ranks.is_main:
             return
         self._metrics.append(
             {
-                "iteration": self._state.iteration,
-                "images": self._state.images,
+                "iteration": state.iteration,
+                "images": state.images,
                 "losses": self.last,
-                "learning_rate": result.learning_rate,
+                "learning_rate": rate,
                 **speed,
-                "images_per_second": round(images_per_second, 3),
+                "images_per_second": images_per_second,
                 "memory_mib": memory,
-                "skipped": self._state.skipped,
+                "skipped": state.skipped,
                 "time": round(time.time(), 3),
             }
         )
         scalars = {f"loss/{name}": value for name, value in self.last.items()}
-        scalars["train/learning_rate"] = result.learning_rate
-        scalars.update({f"train/{name}": value for name, value in speed.items()})
+        scalars |= {
+            f"train/{name}": value for name, value in {"learning_rate": rate, **speed}.items()
+        }
         self._to_loggers(scalars)
 
     def batches(self, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -438,12 +428,9 @@ def read_steps(lines: JsonLines) -> list[dict[str, Any]]:
 
 def _are_numbers(values: object) -> bool:
     """Whether these are named numbers that a plot or a table can show."""
-    return (
-        isinstance(values, dict)
-        and bool(values)
-        and all(
-            type(v) is float or (type(v) is int and abs(v) < sys.maxsize) for v in values.values()
-        )
+    found = list(values.values()) if isinstance(values, dict) else []
+    return bool(found) and all(
+        type(v) is float or (type(v) is int and abs(v) < sys.maxsize) for v in found
     )
 
 

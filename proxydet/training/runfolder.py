@@ -57,7 +57,7 @@ from proxydet.errors import (
 from proxydet.files import JsonLines, Lock, sha256, sweep, write_text
 from proxydet.manifest import FREE_KEYS, differing, listed, read_run_records, read_values
 from proxydet.paths import list_checkpoints, step_name, step_of
-from proxydet.training.checkpoint import load_checkpoint, read_iteration, read_run
+from proxydet.training.checkpoint import load_checkpoint, read_header
 from proxydet.training.config import EvaluationSchedule, scale_training
 from proxydet.training.distributed import DistInfo, launched_rank, number_in
 from proxydet.training.launch import LAUNCHER, holds_logs_only
@@ -173,11 +173,10 @@ class RunFolder:
             end: Iterations after which the run ends: after fewer, final weights, and a report of them, are not this run's.
         """
         later = [path for at, path in list_checkpoints(self.checkpoints) if at > iteration]
-        for path in (self.root / "evaluations").glob("step_*"):
-            if (step_of(path.name) or 0) > iteration:
-                later.append(path)
-        best = read_last_iteration(self.best_weights)
-        later += [self.best_weights] if best is not None and best > iteration else []
+        evaluations = (self.root / "evaluations").glob("step_*")
+        later += [path for path in evaluations if (step_of(path.name) or 0) > iteration]
+        if (read_last_iteration(self.best_weights) or 0) > iteration:
+            later.append(self.best_weights)
         # First what makes it a finished run: a kill in between leaves one that is not.
         finals = (self.final_weights, self.final_safetensors, self.report, self.report_page,
                   self.forgetting / "finetuned")  # fmt: skip
@@ -185,11 +184,9 @@ class RunFolder:
             later = [*(path for path in finals if path.exists()), *later]
         if not later:
             return
-        aside = self.root / "aside" / f"after_{step_name(iteration)}"
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = aside.with_name(f"after_{step_name(iteration)}-{number}")
+        name = f"after_{step_name(iteration)}"
+        names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+        aside = next(a for a in (self.root / "aside" / name for name in names) if not a.exists())
         for path in later:
             target = aside / path.relative_to(self.root)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -213,8 +210,8 @@ class RunFolder:
             "failures",
             "evaluations",
             "forgetting",
-            "aside",
         ]
+        folders.append("aside")
         handlers = logging.getLogger("proxydet").handlers
         files = [Path(h.baseFilename) for h in handlers if isinstance(h, logging.FileHandler)]
         if self.config.exists() and self.logs.resolve() not in [f.parent.resolve() for f in files]:
@@ -230,22 +227,21 @@ class RunFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlierRun:
-    """What the run in a folder, or of a checkpoint, was made from."""
+    """What the run in a folder, or of a checkpoint, was made from.
+
+    Attributes:
+        root: Its folder; the checkpoint itself where that lies in none.
+        source: The file that says so.
+        config: Its configuration; ``training.replicas`` is what an iteration means in it.
+        digests: Digests of its data and vocabulary; empty where they are not known.
+        finished: Whether it came to its end.
+    """
 
     root: Path
-    """Its folder; the checkpoint itself where that lies in none."""
-
     source: Path
-    """The file that says so."""
-
     config: RunConfig
-    """Its configuration; ``training.replicas`` is what an iteration means in it."""
-
     digests: Mapping[str, str]
-    """Digests of its data and vocabulary; empty where they are not known."""
-
     finished: bool
-    """Whether it came to its end."""
 
 
 def earlier_run(
@@ -286,7 +282,7 @@ def earlier_run(
         problems.append(f"{folder.config} is not a regular file")
     records = itertools.chain(
         [(folder.config, {**manifest, "configuration": config}), (folder.manifest, manifest)],
-        ((path, read(path, read_run, path) or {}) for path in newest),
+        ((path, (read(path, read_header, path) or {}).get("run", {})) for path in newest),
     )
     for source, record in records:
         settings, digests = record.get("configuration"), record.get("digests")
@@ -299,8 +295,7 @@ def earlier_run(
             continue
         if source == folder.config and "sha256" in manifest:
             written = read(folder.manifest, from_mapping, kind, manifest.get("configuration"))
-            changed = {} if written is None else differing(written, known, FREE_KEYS)
-            if changed:
+            if changed := {} if written is None else differing(written, known, FREE_KEYS):
                 raise ConfigError(
                     f"{source} is not what the run was trained with, by {folder.manifest}: {listed(changed)}.",
                     hint=f"remove {source.name}, which is then written again, and train with other settings in another "
@@ -392,21 +387,16 @@ def check_same_data(earlier: EarlierRun, digests: Mapping[str, str], *, mode: Mo
         # Version 0.1 wrote the version of the store behind the digest of the annotations.
         if not isinstance(before, str) or before.partition("-v")[0] != digest:
             changed.append(name)
-    code = [name for name in changed if name.startswith("code ")]
-    if code and mode != "strict":
-        changed = [name for name in changed if name not in code]
-        if launched_rank() == 0:
-            logger.warning(
-                "%s: the %s changed since the run began, which continues with it as it is now",
-                earlier.root,
-                " and the ".join(code),
-            )
-    if changed:
-        what = (
-            "code" if changed == code else "data and code" if set(code) & set(changed) else "data"
+    code = [name for name in changed if name.startswith("code ") and mode != "strict"]
+    if code and launched_rank() == 0:
+        logger.warning(
+            "%s: the %s changed since the run began, which continues with it as it is now",
+            earlier.root,
+            " and the ".join(code),
         )
+    if refused := [name for name in changed if name not in code]:
         raise ConfigError(
-            f"{earlier.root} holds a run on other {what}: the {' and the '.join(changed)} changed since.",
+            f"{earlier.root} holds a run of which the {' and the '.join(refused)} changed since.",
             hint="put the files back as they were; or train in another folder (--output), from this run's weights if "
             "you like (--weights)",
             path=earlier.source,
@@ -464,11 +454,8 @@ def is_whole(folder: RunFolder, earlier: EarlierRun, schedule: EvaluationSchedul
                 problems[path] = f"{path} is not what the run wrote (SHA-256)"
 
     planned = earlier.config.training.iterations
-    iterations = (
-        read_last_iteration(folder.final_weights)
-        or read_last_iteration(folder.final_safetensors)
-        or planned
-    )
+    written = map(read_last_iteration, (folder.final_weights, folder.final_safetensors))
+    iterations = next(filter(None, written), planned)
     evaluations = read_evaluations(JsonLines(folder.evaluations))
     if iterations < planned and evaluations and not stopped_early(evaluations, schedule):
         return False
@@ -524,50 +511,47 @@ def default_folder(base: Path, config: RunConfig, resume: Resume) -> tuple[Path,
     if isinstance(resume, Path) and resume.parent.name == "checkpoints":
         return resume.resolve().parent.parent, "that of the checkpoint"
     reasons: list[str] = []
-    for number in range(1, 10_000):
+    for number in itertools.count(1):
         folder = RunFolder(base if number == 1 else base.with_name(f"{base.name}-{number}"))
         try:
-            if resume == "never" and earlier_run(folder, type(config)) is not None:
-                reasons.append(f"{folder.root} holds a run")
-                continue
-            earlier = same_run(folder, config)
+            never = resume == "never"
+            earlier = earlier_run(folder, type(config)) if never else same_run(folder, config)
         except ConfigError as error:
             reasons.append(error.message.rstrip("."))
             continue
         if earlier is None:
             break
-        state = "which is finished" if earlier.finished else "which is not finished"
-        return folder.root, f"it holds the same run, {state}"
+        if not never:
+            state = "which is finished" if earlier.finished else "which is not finished"
+            return folder.root, f"it holds the same run, {state}"
+        reasons.append(f"{folder.root} holds a run")
     return folder.root, reasons[0] if reasons else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """How a training starts: a new run, or one that is resumed."""
+    """How a training starts: a new run, or one that is resumed.
+
+    Attributes:
+        config: Of the run: scaled to the number of processes with which it began, with the batch sizes that it had then.
+        earlier: The runs that it continues: that in its folder, and that of the checkpoint that is given.
+        resumes_after: Iteration of the checkpoint that is resumed from, if that is whole; None starts a new run.
+        accumulation: Batches that each process accumulates in a step.
+        step: How many iterations a step counts as, by its images.
+        began: What a step was made of when the run began: processes, accumulation, images in the batches that are used,
+            ``step``.
+        now: What it is made of now.
+        asked: Has the batch sizes that are asked for.
+    """
 
     config: RunConfig
-    """Of the run: scaled to the number of processes with which it began, with the batch sizes that it had then."""
-
     earlier: tuple[EarlierRun, ...]
-    """The runs that it continues: that in its folder, and that of the checkpoint that is given."""
-
     resumes_after: int | None
-    """Iteration of the checkpoint that is resumed from, if that is whole; None starts a new run."""
-
     accumulation: int
-    """Batches that each process accumulates in a step."""
-
     step: Fraction
-    """How many iterations a step counts as, by its images."""
-
     began: Mapping[str, Any]
-    """What a step was made of when the run began: processes, accumulation, images in the batches that are used, ``step``."""
-
     now: Mapping[str, Any]
-    """What it is made of now."""
-
     asked: DataConfig
-    """Has the batch sizes that are asked for."""
 
     def batches(self, data: DataConfig) -> DataConfig:
         """Return data settings with the batch sizes that are asked for."""
@@ -614,16 +598,14 @@ def prepare(
         found = list_checkpoints(folder.checkpoints)
         resumes_after = found[-1][0] if found else None
         if isinstance(resume, Path):
-            resumes_after = read_iteration(resume)
+            resumes_after = int(read_header(resume)["iteration"])
             own = resume.parent.parent if resume.parent.name == "checkpoints" else resume
             if here is None or own.resolve() != folder.root.resolve():
                 other = earlier_run(RunFolder(own), type(config), resume)
+                earlier += [] if other is None else [other]
                 if other is None:
-                    _warn_once(
-                        f"The settings with which {resume} was written are not known; they are not compared"
-                    )
-                else:
-                    earlier.append(other)
+                    what = f"The settings with which {resume} was written are not known"
+                    _warn_once(f"{what}; they are not compared")
     run = config if resumes_after is None else keep_weights(config, earlier)
     training, accumulation = run.training, run.training.accumulation
     labels = _has_image_labels(config.data)
@@ -652,15 +634,12 @@ def prepare(
     step = Fraction(ranks.world_size * accumulation, training.replicas) * images / images_before
     changed = [f"{key} {now[key]} instead of {began[key]}" for key in now if now[key] != began[key]]
     if changed and ranks.is_main:
-        logger.warning(
-            "Resuming with %s: %s",
-            ", ".join(changed),
-            "as many images a step as before"
-            if step == 1
-            else f"{float(step):g} times the images a step"
-            + f"; learning rates are multiplied by {float(step):g}" * (training.scaling == "linear")
-            + f"; a step counts as {float(step):g} iterations",
-        )
+        times = f"{float(step):g}"
+        rates = f"; learning rates are multiplied by {times}" * (training.scaling == "linear")
+        then = f"{times} times the images a step{rates}; a step counts as {times} iterations"
+        if step == 1:
+            then = "as many images a step as before"
+        logger.warning("Resuming with %s: %s", ", ".join(changed), then)
     return Start(
         config=run,
         earlier=tuple(earlier),
@@ -683,11 +662,8 @@ def _has_image_labels(data: DataConfig) -> bool:
 
 def _batches(processes: int, accumulation: int, data: DataConfig, labels: bool) -> dict[str, Any]:
     """Return what a step is made of, of the data that are used."""
-    made = {
-        "processes": processes,
-        "training.accumulation": accumulation,
-        "data.boxes.batch_size": data.boxes.batch_size,
-    }
+    made = {"processes": processes, "training.accumulation": accumulation}
+    made["data.boxes.batch_size"] = data.boxes.batch_size
     if labels and data.image_labels is not None:
         made["data.image_labels.batch_size"] = data.image_labels.batch_size
     return made
@@ -717,6 +693,5 @@ def keep_weights(config: RunConfig, earlier: Sequence[EarlierRun]) -> RunConfig:
             f"The starting weights {asked} are not used: the run began from others{began}. A new run starts from them: "
             "--output FOLDER"
         )
-    return dataclasses.replace(
-        config, training=dataclasses.replace(config.training, weights=before)
-    )
+    training = dataclasses.replace(config.training, weights=before)
+    return dataclasses.replace(config, training=training)

@@ -291,15 +291,13 @@ def zero_unused_gradients(optimizer: torch.optim.Optimizer) -> None:
                 unknown.append(parameter)
     # In one piece, which is one launch, but for weights with another layout in memory.
     plain = [p for p in absent if p.is_contiguous() and p.dtype == torch.float32]
-    pieces = (
-        plain[0].new_zeros(sum(p.numel() for p in plain)).split([p.numel() for p in plain])
-        if plain
-        else ()
-    )
-    zeros = {id(p): piece for p, piece in zip(plain, pieces, strict=True)}
+    sizes = [p.numel() for p in plain]
+    pieces = plain[0].new_zeros(sum(sizes)).split(sizes) if plain else ()
+    for parameter, piece in zip(plain, pieces, strict=True):
+        parameter.grad = piece.view_as(parameter)
     for parameter in absent:
-        own = zeros.get(id(parameter))
-        parameter.grad = torch.zeros_like(parameter) if own is None else own.view_as(parameter)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     # One wait for the device for all of them, in the steps until every parameter has been reached.
     found = torch.stack([p.grad.any() for p in unknown]).tolist() if unknown else []
     for parameter, reached in zip(unknown, found, strict=True):
@@ -434,29 +432,21 @@ def _skip_or_stop(
         dist.all_gather_object(by_rank, own)
     found, parts = [], []
     for rank, (values, ids) in enumerate(by_rank):
-        by_value: dict[str, list[str]] = {}
-        for name, value in zip(names, values, strict=True):
-            if not math.isfinite(value):
-                by_value.setdefault(str(value), []).append(name)
-        if by_value:
-            losses = {name: value for value, group in by_value.items() for name in group}
+        losses = {n: v for n, v in zip(names, values, strict=True) if not math.isfinite(v)}
+        if losses:
             found.append({"rank": rank, "losses": losses, "images": ids})
-            parts.append(
-                ", ".join(
-                    f"{' and '.join(group)} {'are' if len(group) > 1 else 'is'} {value}"
-                    for value, group in by_value.items()
-                )
-                + (f" in process {rank}" if several else "")
-                + f" on images {', '.join(str(item) for group in ids for item in group)}"
-            )
+            said = []
+            for value in dict.fromkeys(map(str, losses.values())):
+                group = [name for name, other in losses.items() if str(other) == value]
+                said.append(f"{' and '.join(group)} {'are' if len(group) > 1 else 'is'} {value}")
+            images = ", ".join(str(item) for group in ids for item in group)
+            where = f" in process {rank}" if several else ""
+            parts.append(f"{', '.join(said)}{where} on images {images}")
     iteration = state.iteration
     record = folder / f"{step_name(iteration)}.json"
     if ranks.is_main:
-        content = {
-            "iteration": iteration,
-            "not_finite": found,
-            "batches_by_rank": [ids for _, ids in by_rank],
-        }
+        batches_by_rank = [ids for _, ids in by_rank]
+        content = {"iteration": iteration, "not_finite": found, "batches_by_rank": batches_by_rank}
         write_json(record, content)
     message = f"At iteration {iteration}, {'; '.join(parts)}."
     if config.non_finite == "skip" and state.skipped < config.max_skipped:

@@ -99,8 +99,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The recipes for CPUs have less than half of these, the published ones six times as many.
-_MANY_PARAMETERS = 20_000_000
+# Millions. The recipes for CPUs have less than half of these, the published ones six times as many.
+_MANY_PARAMETERS = 20
 
 # A recipe for hundreds of images has a few hundred epochs on the smallest of them, the published ones about 60 on LVIS.
 _MOST_EPOCHS = 2000
@@ -113,38 +113,33 @@ work together; the main process returns the metrics by name, larger being better
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finished training gives."""
+    """What a finished training gives.
+
+    Attributes:
+        folder: The run folder.
+        weights: The weights after the last step; ``model_best.safetensors`` next to it those of the best evaluation, where
+            ``training.checkpoints.best_weights`` is on.
+        iterations: Iterations of the run.
+        losses: Means of the last record: ``total``, and each loss over the batches that have it.
+        evaluations: Metrics by iteration.
+        best: The best evaluation.
+        stopped_early: Whether it ended before its last iteration: the metric did not improve for
+            ``training.evaluation.patience`` evaluations.
+        skipped: Steps that left the weights alone because a loss was not finite.
+        seconds: Wall-clock time of this call.
+        finetune: Of a fine-tuning by `proxydet.training_run.run_training`: the report in ``finetune.json``.
+    """
 
     folder: Path
-    """The run folder."""
-
     weights: Path
-    """The weights after the last step; ``model_best.safetensors`` next to it those of the best evaluation, where
-    ``training.checkpoints.best_weights`` is on."""
-
     iterations: int
-    """Iterations of the run."""
-
     losses: dict[str, float]
-    """Means of the last record: ``total``, and each loss over the batches that have it."""
-
     evaluations: dict[int, dict[str, float]]
-    """Metrics by iteration."""
-
     best: Best | None
-    """The best evaluation."""
-
     stopped_early: bool
-    """Whether it ended before its last iteration: the metric did not improve for ``training.evaluation.patience`` evaluations."""
-
     skipped: int
-    """Steps that left the weights alone because a loss was not finite."""
-
     seconds: float
-    """Wall-clock time of this call."""
-
     finetune: Mapping[str, Any] | None = None
-    """Of a fine-tuning by `proxydet.training_run.run_training`: the report in ``finetune.json``."""
 
 
 def train(
@@ -181,7 +176,15 @@ def train(
         ProxydetError: As `fit`.
     """
     resume = after_restart(resume)
-    config = with_own_code(config, criterion=criterion, backbone=backbone, loggers=loggers)
+    own: dict[str, Any] = {}
+    if criterion is not None:
+        own["losses"] = {"criterion": python_path(criterion, "criterion")}
+    if backbone is not None:
+        own["model"] = {"backbone": {"kind": python_path(backbone, "backbone")}}
+    if loggers:
+        paths = [python_path(logger, "loggers") for logger in loggers]
+        own["training"] = {"log": {"loggers": [*config.training.log.loggers, *paths]}}
+    config = merge(config, own)
     losses = check_own_code(config)
     with ExitStack() as stack:
         ranks = stack.enter_context(connect(config.training.device, config.data.worker_timeout_s))
@@ -192,7 +195,8 @@ def train(
         start = prepare(config, folder, ranks, resume, overwrite=overwrite)
         config, earlier, step = start.config, start.earlier, start.step
         settings = config.training
-        if start.resumes_after is None and (lacking := lacking_weights(config)) is not None:
+        resumed = None if start.resumes_after is None else folder
+        if resumed is None and (lacking := lacking_weights(config)) is not None:
             raise lacking
         stack.enter_context(reproducibility_mode(config.reproducibility))
         if ranks.device.type == "cpu":
@@ -209,62 +213,48 @@ def train(
         data = Dataset(config=description, cache=config.data.cache, progress=progress)
         vocabulary, store = data.vocabulary, data.store("train")
         config, note = fit_to_masks(config, store, vocabulary)
-        if note and ranks.is_main:
-            logger.warning("%s", note)
         config = fit_to_backbone(fit_to_embeddings(config, vocabulary.dimension))
-        question = question_length(config, len(store.image_ids))
-        if question and ranks.is_main and start.resumes_after is None:
-            logger.warning("%s", question)
-        used = start.batches(config.data)
-        sources = TrainingSources(used, data)
+        question = question_length(config, len(store.image_ids)) if resumed is None else ""
+        for text in filter(None, (note, question)) if ranks.is_main else ():
+            logger.warning("%s", text)
+        sources = TrainingSources(start.batches(config.data), data)
         digests = {
             "vocabulary": vocabulary.digest,
             # Of the annotations, whatever the version of their store.
             "annotations": store.path.stem.partition("-v")[0],
             **sources.digests(),
             **source_digests(
-                (
-                    config.losses.criterion,
-                    config.model.backbone.kind,
-                    config.model.cascade.box_head,
-                )
+                (config.losses.criterion, config.model.backbone.kind, config.model.cascade.box_head)
             ),
         }
-        encoder = _text_encoder(
-            description, settings, folder if start.resumes_after is not None else None
-        )
+        encoder = _text_encoder(description, settings, resumed)
         if encoder is not None:
             digests["text encoder"] = sha256(encoder)
         for run in earlier:
             check_same(run, config)
             check_same_data(run, digests, mode=config.reproducibility)
-        facts = {"configuration": dump_yaml(config, comments=False), **digests}
-        parts = {
+        facts = {
+            "configuration": dump_yaml(config, comments=False),
+            **digests,
             "accumulation": str(start.accumulation),
             "number of iterations that a step counts as": str(step),
+            "run folder": str(folder.root),
         }
-        check_agreement(ranks, {**facts, **parts, "run folder": str(folder.root)})
+        check_agreement(ranks, facts)
         if settings.finetune.start is not None:
-            vocabulary = _with_known(
-                vocabulary, settings, folder if start.resumes_after is not None else None
-            )
-        if start.resumes_after is not None and earlier and "weights" in earlier[-1].digests:
+            vocabulary = _with_known(vocabulary, settings, resumed)
+        if resumed is not None and earlier and "weights" in earlier[-1].digests:
             digests["weights"] = earlier[-1].digests["weights"]
 
         seed_everything(config.seed)  # the same weights everywhere
         counts = data.image_counts(with_novel=config.data.count_novel_classes)
         network = ProxyDetNetwork(config.model, vocabulary, counts)
         loaded: set[str] = set()
-        if (
-            settings.weights is None
-            and start.resumes_after is None
-            and config.model.backbone.kind == "timm"
-        ):
-            logger.warning(
-                "model.backbone.timm starts from fresh weights; %s",
-                how_to_get_timm(config.model.backbone.timm),
-            )
-        if settings.weights is not None and start.resumes_after is None:
+        timm = config.model.backbone.timm if config.model.backbone.kind == "timm" else None
+        if settings.weights is None and resumed is None and timm is not None:
+            how = how_to_get_timm(timm)
+            logger.warning("model.backbone.timm starts from fresh weights; %s", how)
+        if settings.weights is not None and resumed is None:
             expect = (*settings.ignore_in_weights, *MIXUP_BRANCH)
             report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
             loaded = network.state_dict().keys() - {*report.missing, *report.mismatched}
@@ -279,7 +269,7 @@ def train(
             if overwrite and resume == "never":
                 folder.clear()
             records = (folder.config, folder.vocabulary, folder.manifest, folder.environment)
-            here = start.resumes_after is not None and folder.root in [run.root for run in earlier]
+            here = resumed is not None and folder.root in [run.root for run in earlier]
             gone = [str(path) for path in records if here and not path.exists()]
             write_text(folder.config, dump_yaml(config))
             vocabulary.save(folder.vocabulary)
@@ -340,25 +330,6 @@ def train(
         )
 
 
-def with_own_code(
-    config: RunConfig,
-    *,
-    criterion: Callable[..., Any] | None,
-    backbone: Callable[..., Any] | None,
-    loggers: Sequence[Callable[..., Any]],
-) -> RunConfig:
-    """Return a configuration that names classes by their Python paths, as arguments of `train` give them."""
-    changes: dict[str, Any] = {}
-    if criterion is not None:
-        changes["losses"] = {"criterion": python_path(criterion, "criterion")}
-    if backbone is not None:
-        changes["model"] = {"backbone": {"kind": python_path(backbone, "backbone")}}
-    if loggers:
-        paths = [python_path(logger, "loggers") for logger in loggers]
-        changes["training"] = {"log": {"loggers": [*config.training.log.loggers, *paths]}}
-    return merge(config, changes)
-
-
 def check_own_code(config: RunConfig) -> Callable[..., Losses]:
     """Import what a configuration names by Python paths, and return what computes the losses.
 
@@ -379,8 +350,7 @@ def check_own_code(config: RunConfig) -> Callable[..., Losses]:
 def fit_to_backbone(config: RunConfig) -> RunConfig:
     """Return a run's configuration with the pixel statistics of its backbone where it leaves them open."""
     mean, std = pixel_statistics(config.model)
-    model = dataclasses.replace(config.model, pixel_mean=mean, pixel_std=std)
-    return dataclasses.replace(config, model=model)
+    return merge(config, {"model": {"pixel_mean": mean, "pixel_std": std}})
 
 
 def _with_known(
@@ -396,10 +366,9 @@ def _with_known(
             if before == vocabulary:
                 return before
     run = None if settings.weights is None else run_of(settings.weights)
-    published = settings.finetune.start in PUBLISHED_MODELS
-    start = vocabulary_of(
-        NamedDetector(published=settings.finetune.start if published else None, run=run)
-    )
+    name = settings.finetune.start
+    published = name if name in PUBLISHED_MODELS else None
+    start = vocabulary_of(NamedDetector(published=published, run=run))
     return vocabulary if start is None else vocabulary.with_known(start)
 
 
@@ -418,11 +387,13 @@ def _text_encoder(
             own = run_encoder(resumed.root)
             if own is not None and own.is_file():
                 return own
-    encoder, origin = Path(description.classes.encoder or ""), None
-    if settings.finetune.start is not None and settings.weights is not None:
+    encoder, finetuned = (
+        Path(description.classes.encoder or ""),
+        settings.finetune.start is not None,
+    )
+    if finetuned and settings.weights is not None and not description.classes.encoder:
         origin = run_of(settings.weights)
-    if origin is not None and not description.classes.encoder:
-        encoder = run_encoder(origin) or encoder
+        encoder = (origin and run_encoder(origin)) or encoder
     if encoder.suffix == ".json" and encoder.is_file():
         return encoder
     if resumed is not None and "text encoder" in digests_of(resumed.root):
@@ -440,8 +411,7 @@ def fit_to_embeddings(config: RunConfig, dimension: int) -> RunConfig:
     Raises:
         ConfigError: They differ, and starting weights fix the number.
     """
-    model, weights = config.model, config.training.weights
-    asked = model.classifier.embedding_dim
+    asked, weights = config.model.classifier.embedding_dim, config.training.weights
     if asked == dimension:
         return config
     if weights is not None:
@@ -450,13 +420,9 @@ def fit_to_embeddings(config: RunConfig, dimension: int) -> RunConfig:
             hint=f"Embed the class names with the text encoder of {weights}; if its weights have {dimension} dimensions, "
             f"add --set model.classifier.embedding_dim={dimension}.",
         )
-    logger.warning(
-        "model.classifier.embedding_dim is %d, as the data's text embeddings have it, not %d",
-        dimension,
-        asked,
-    )
-    classifier = dataclasses.replace(model.classifier, embedding_dim=dimension)
-    return dataclasses.replace(config, model=dataclasses.replace(model, classifier=classifier))
+    what = "model.classifier.embedding_dim is %d, as the data's text embeddings have it, not %d"
+    logger.warning(what, dimension, asked)
+    return merge(config, {"model": {"classifier": {"embedding_dim": dimension}}})
 
 
 def fit_to_masks(
@@ -484,27 +450,17 @@ def fit_to_masks(
             hint="set data.masks to auto, or give the model a mask head: --set 'model.masks={}'",
         )
     targets = Targets.of(store, vocabulary, False if head is None else asked)
-    fitted = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, masks=targets.masks),
-        model=dataclasses.replace(config.model, masks=head if targets.masks else None),
-    )
-    usable = targets.usable(store)
+    usable, note = targets.usable(store), ""
     without = int((usable & ~store.masked_A).sum())
-    note = ""
-    if not targets.masks and asked == "auto":
-        reason = (
-            "model.masks is null"
-            if head is None
-            else f"no object in {store.source_name} has a mask"
-        )
-        note = f"{reason}: training a detector of boxes, without a mask head"
-    elif targets.masks and without:
-        note = (
-            f"{without} of {int(usable.sum())} objects in {store.source_name} have no mask: "
-            "they train boxes and classes only"
-        )
-    return fitted, note
+    if targets.masks:
+        if without:
+            of = f"{without} of {int(usable.sum())} objects in {store.source_name}"
+            note = f"{of} have no mask: they train boxes and classes only"
+        return merge(config, {"data": {"masks": True}}), note
+    if asked == "auto":
+        why = f"no object in {store.source_name} has a mask" if head else "model.masks is null"
+        note = f"{why}: training a detector of boxes, without a mask head"
+    return merge(config, {"data": {"masks": False}, "model": {"masks": None}}), note
 
 
 def lacking_weights(config: RunConfig) -> ConfigError | None:
@@ -538,12 +494,10 @@ def question_length(config: RunConfig, images: int) -> str:
 
 def warn_of_slow_device(network: torch.nn.Module, device: torch.device) -> None:
     """Say that a network of the published sizes takes very long on a CPU."""
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    if device.type == "cpu" and parameters > _MANY_PARAMETERS:
-        logger.warning(
-            "Training %.0f million parameters on a CPU takes very long; --dry-run estimates how long.",
-            parameters / 1e6,
-        )
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    if device.type == "cpu" and millions > _MANY_PARAMETERS:
+        text = "Training %.0f million parameters on a CPU takes very long; --dry-run estimates how long."
+        logger.warning(text, millions)
 
 
 @tf32_kept()
@@ -623,7 +577,7 @@ def fit(
         run=run,
     )
     if config.ema.decay is not None:
-        state.start_average()
+        state.average = state.learnt()
     checkpoints = CheckpointFolder(folder.checkpoints, config.checkpoints)
     resumed: Path | None = None
     if resume != "never":  # the main process chooses the checkpoint for all
@@ -649,41 +603,35 @@ def fit(
 
     with ExitStack() as stack:
         stack.enter_context(checkpoints)
-        task = stack.enter_context(
-            progress.task(
-                "training", total=config.iterations, unit="it", done=float(state.iteration)
-            )
-        )
-        metrics = stack.enter_context(
-            MetricLogger(folder, config.log, ranks=ranks, state=state, task=task)
-        )
+        total, done = config.iterations, float(state.iteration)
+        task = stack.enter_context(progress.task("training", total=total, unit="it", done=done))
+        metrics = MetricLogger(folder, config.log, ranks=ranks, state=state, task=task)
+        stack.enter_context(metrics)
         metrics.batches(*batches)
-        prefetcher = stack.enter_context(
-            Prefetcher(make_loader(state.batches, state.draws), loader_timeout)
-        )
+        loader = make_loader(state.batches, state.draws)
+        prefetcher = stack.enter_context(Prefetcher(loader, loader_timeout))
         signals = stack.enter_context(StopSignals())
         stack.enter_context(_device_errors(state))
 
         def passes(period: int) -> bool:
             """Whether the last step reached or passed a multiple of a number of iterations."""
-            return (
-                state.progress // period > max(state.progress - state.step, Fraction(0)) // period
-            )
+            before = max(state.progress - state.step, Fraction(0))
+            return state.progress // period > before // period
 
         def evaluation_due() -> bool:
             schedule = config.evaluation
             if evaluate is None:
                 return False
-            if state.iteration == 0:
-                return schedule.at_start
-            if state.iteration == config.iterations:
-                return schedule.at_end
+            if state.iteration in (0, config.iterations):
+                return schedule.at_end if state.iteration else schedule.at_start
             period = schedule.period
             return period is not None and state.iteration >= schedule.start and passes(period)
 
+        def best() -> Best | None:
+            return best_of(metrics.evaluations(), config.evaluation.metric)
+
         def best_iteration() -> int | None:
-            best = best_of(metrics.evaluations(), config.evaluation.metric)
-            return None if best is None else best.iteration
+            return None if (found := best()) is None else found.iteration
 
         def save() -> None:
             if ranks.is_main:
@@ -703,31 +651,31 @@ def fit(
         kept_best: int | None = None
 
         def keep_best() -> None:
-            """Write the weights of the best evaluation, where they are not those that are there already."""
+            """Write the weights of the best evaluation where they are not there already; remove what need not be kept."""
             nonlocal kept_best
-            best = best_of(metrics.evaluations(), config.evaluation.metric)
-            if not config.checkpoints.best_weights or best is None or best.iteration == kept_best:
+            found = best()
+            checkpoints.rotate(best_iteration())
+            if not config.checkpoints.best_weights or found is None:
                 return
-            if kept_best is None and best.iteration == read_last_iteration(folder.best_weights):
-                kept_best = best.iteration
-                return
-            try:
-                weights = (
-                    state.weights()
-                    if best.iteration == state.iteration
-                    else load_checkpoint(checkpoints.path(best.iteration))["model"]
-                )
-            except CheckpointError as error:
-                logger.warning(
-                    "the weights of the best evaluation, after %d iterations, are not kept any more: %s",
-                    best.iteration,
-                    error.message,
-                )
-            else:
-                still_ours()
-                facts = {**(about or {}), **dataclasses.asdict(best)}
-                write_safetensors(folder.best_weights, weights, facts)
-            kept_best = best.iteration
+            known = read_last_iteration(folder.best_weights) if kept_best is None else kept_best
+            if found.iteration != known:
+                try:
+                    weights = (
+                        state.weights()
+                        if found.iteration == state.iteration
+                        else load_checkpoint(checkpoints.path(found.iteration))["model"]
+                    )
+                except CheckpointError as error:
+                    logger.warning(
+                        "the weights of the best evaluation, after %d iterations, are not kept any more: %s",
+                        found.iteration,
+                        error.message,
+                    )
+                else:
+                    still_ours()
+                    facts = {**(about or {}), **dataclasses.asdict(found)}
+                    write_safetensors(folder.best_weights, weights, facts)
+            kept_best = found.iteration
 
         def evaluate_if_due() -> bool:
             """Evaluate by the schedule; return whether training ends here, as the metric does not improve any more."""
@@ -757,35 +705,30 @@ def fit(
                         "--set training.evaluation.metric=null",
                     )
                 keep_best()
-                checkpoints.rotate(best_iteration())
             wait_for_all(ranks)  # the main process may have scored for long
             return ends_early()
 
         def ends_early() -> bool:
             if config.evaluation.patience is None or state.iteration == config.iterations:
                 return False
-            return bool(
-                broadcast_value(stopped_early(metrics.evaluations(), config.evaluation), ranks)
-            )
+            ends = stopped_early(metrics.evaluations(), config.evaluation)
+            return bool(broadcast_value(ends, ranks))
 
         state.train()
         early = evaluate_if_due()
         if ranks.is_main:  # a process that was killed may have left that to do
             keep_best()
-            checkpoints.rotate(best_iteration())
             if resumed is not None and not early:  # one that had stopped early goes further
                 folder.set_aside_after(state.iteration, config.iterations)
         while state.progress < config.iterations and not early:
-            fetched = [prefetcher.next() for _ in range(accumulation)]
-            stop = signals.received > 0
             result = train_step(
                 state,
-                fetched,
+                [prefetcher.next() for _ in range(accumulation)],
                 config=config,
                 step=step,
                 ranks=ranks,
                 failures=folder.failures,
-                stop=stop,
+                stop=signals.received > 0,
             )
             last = state.progress == config.iterations
             may_end = config.evaluation.patience is not None and evaluation_due()
@@ -805,9 +748,7 @@ def fit(
             early = evaluate_if_due()
         checkpoints.wait()
         if early:
-            logger.info(
-                "Stopped early, after %d of %d iterations", state.iteration, config.iterations
-            )
+            logger.info("Stopped early, after %d of %d iterations", state.iteration, total)
         if ranks.is_main:
             still_ours()
             weights = state.weights()
@@ -816,9 +757,8 @@ def fit(
             write_safetensors(folder.final_safetensors, weights, facts)
             write_state({"model": weights, "iteration": state.iteration}, folder.final_weights)
             if again:
-                logger.warning(
-                    "wrote %s and %s again", folder.final_safetensors, folder.final_weights
-                )
+                files = folder.final_safetensors, folder.final_weights
+                logger.warning("wrote %s and %s again", *files)
         wait_for_all(ranks)  # the others may read what is written
         return TrainResult(
             folder=folder.root,
@@ -826,7 +766,7 @@ def fit(
             iterations=state.iteration,
             losses=metrics.last,
             evaluations=metrics.evaluations(),
-            best=best_of(metrics.evaluations(), config.evaluation.metric),
+            best=best(),
             stopped_early=early,
             skipped=state.skipped,
             seconds=time.perf_counter() - start,
@@ -848,14 +788,8 @@ def _starting_weights(
         CheckpointError: The run that is resumed does not hold its starting weights any more.
     """
     own = state.network.state_dict()
-    parameters = dict(state.network.named_parameters())
     if resumed is None:
-        values = {
-            name: value.clone()
-            for name, value in own.items()
-            if value.is_floating_point()
-            and (name not in parameters or parameters[name].requires_grad)
-        }
+        values, parameters = state.learnt(), dict(state.network.named_parameters())
         mixed = sorted(values.keys() & parameters.keys() & set(loaded))
     else:
         other = RunFolder(resumed.absolute().parent.parent).start_weights
@@ -886,10 +820,8 @@ def _device_errors(state: TrainingState) -> Iterator[None]:
         kinds = tuple(getattr(module, name) for module, name in modules if hasattr(module, name))
         if not isinstance(error, kinds) and "CUDA error" not in str(error):
             raise
-        raise TrainingError(
-            f"The GPU failed at iteration {state.iteration}: {error}",
-            hint=START_AGAIN,
-        ) from error
+        message = f"The GPU failed at iteration {state.iteration}: {error}"
+        raise TrainingError(message, hint=START_AGAIN) from error
 
 
 # SIGUSR1 is what `#SBATCH --signal=USR1@120` sends before SLURM takes the machine away.
@@ -955,12 +887,9 @@ class Prefetcher:
         waited: Seconds spent waiting for batches so far.
     """
 
-    _AHEAD = 2
-
     def __init__(self, batches: Iterable[Any], timeout: float | None) -> None:
-        self._batches = batches
-        self._timeout = timeout
-        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(self._AHEAD)
+        self._batches, self._timeout = batches, timeout
+        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(2)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="prefetcher", daemon=True)
         self.waited = 0.0
@@ -1005,16 +934,16 @@ class Prefetcher:
     def _fill(self) -> None:
         iterator: Iterator[Any] | None = None
         error: BaseException | None = None
-        while error is None and not self._closed.is_set():
+        while error is None:
             batch = None
             try:
                 iterator = iter(self._batches) if iterator is None else iterator
                 batch = next(iterator)
             except BaseException as raised:  # noqa: BLE001 - handed to the thread that asks for the batch
                 error = raised
-            while not self._closed.is_set():
-                try:
+            while True:
+                if self._closed.is_set():
+                    return
+                with suppress(queue.Full):
                     self._queue.put((batch, error), timeout=0.2)
-                except queue.Full:
-                    continue
-                break
+                    break

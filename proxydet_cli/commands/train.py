@@ -158,23 +158,17 @@ class TrainOptions:
 
     def words(self) -> list[str]:
         """Return the options as words of a command line."""
-        given = {
-            "--backbone": self.backbone,
-            "--recipe": self.recipe,
-            "--data": self.data,
-            "--config": self.config,
-            "--output": self.output,
-            "--resume": None if self.resume.lower() == "auto" or self.overwrite else self.resume,
-            "--weights": self.weights,
-            "--finetune": self.finetune,
-            "--epochs": self.epochs,
-            "--keep-check": self.keep_check,
-            "--device": self.device,
-            "--reference": self.reference,
-        }
-        words = [word for key, value in given.items() if value for word in (key, str(value))]
-        words += ["--overwrite"] if self.overwrite else []
-        return words + [word for item in self.overrides or () for word in ("--set", item)]
+        words = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            option = f"--{field.name.replace('_', '-')}"
+            if field.name == "overrides":
+                words += [word for item in value or () for word in ("--set", item)]
+            elif field.name == "resume" and (value.lower() == "auto" or self.overwrite):
+                continue
+            elif value:
+                words += [option] if value is True else [option, str(value)]
+        return words
 
     def resolve(self) -> tuple[RunConfig, tuple[Reason, ...]]:
         """Put the configuration together; options win over ``--set``, that over the file, that over the recipe.
@@ -189,22 +183,17 @@ class TrainOptions:
 
         overrides = list(self.overrides or ())
         recipe = self.recipe or self.backbone
-        finetuned = self.finetune is not None
         for key, value in (
-            ("data.description", None if finetuned else self.data),
+            ("data.description", None if self.finetune else self.data),
             ("training.weights", self.weights),
             ("training.device", self.device),
         ):
             if value is not None:
                 overrides.append(f"{key}={scalar_text(str(value))}")
         if self.finetune is not None and self.data is not None:
-            start = find_detector(
-                run=None,
-                weights=self.finetune,
-                config=None if self.config is None else str(self.config),
-            )
+            file = None if self.config is None else str(self.config)
             return finetune_config(
-                start,
+                find_detector(run=None, weights=self.finetune, config=file),
                 self.data,
                 recipe=recipe,
                 overrides=overrides,
@@ -229,10 +218,8 @@ class TrainOptions:
         from proxydet.weight_files import check_weight_file
 
         base = self._base(config)
-        runs = [
-            folder / "config.yaml"
-            for folder in (base, *base.parent.glob(f"{glob.escape(base.name)}-*"))
-        ]
+        others = base.parent.glob(f"{glob.escape(base.name)}-*")
+        runs = [folder / "config.yaml" for folder in (base, *others)]
         for given, check in (
             (config.data.description, DatasetConfig.from_toml),
             (config.training.weights, check_weight_file),
@@ -243,8 +230,7 @@ class TrainOptions:
                 check(given)
             except InputError:
                 name = os.fsencode(given)
-                known = [run for run in runs if run.is_file() and name in run.read_bytes()]
-                if not known:
+                if not any(run.is_file() and name in run.read_bytes() for run in runs):
                     raise
         for key, path in (
             ("model.backbone.kind", config.model.backbone.kind),
@@ -372,7 +358,10 @@ def train(
         available=1 if on_cpu else torch.cuda.device_count(),
     )
     if reasons and LAUNCHER not in os.environ and not (plan.started and launched_rank() > 0):
-        Output(json=json).message(_chosen(reasons))
+        chosen = {f"{reason.key}={reason.value}": reason.why for reason in reasons}
+        width = min(max(map(len, chosen)), 60)
+        lines = [f"  {setting:{width}}  {why}" for setting, why in chosen.items()]
+        Output(json=json).message("\n".join(lines))
     if dry_run:
         _show_plan(options, resolved, plan, json=json)
     else:
@@ -385,18 +374,14 @@ def _show_plan(options: TrainOptions, config: RunConfig, plan: LaunchPlan, *, js
     from proxydet.training.plan import plan_training
 
     folder, why = options.folder(config)
-    planned = plan_training(
-        config,
-        plan,
-        folder,
-        ["train", *options.words()],
-        resume=options.resumes(),
-        overwrite=options.overwrite,
-    )
-    if launched_rank() == 0 and why:
-        Output(json=json).message(f"run folder: {folder} ({why})")
+    words = ["train", *options.words()]
+    resume, overwrite = options.resumes(), options.overwrite
+    planned = plan_training(config, plan, folder, words, resume=resume, overwrite=overwrite)
+    output = Output(json=json)
     if launched_rank() == 0:
-        Output(json=json).data(planned.to_dict(), planned.to_text())
+        if why:
+            output.message(f"run folder: {folder} ({why})")
+        output.data(planned.to_dict(), planned.to_text())
     if planned.missing:
         raise typer.Exit(InputError.exit_code)
 
@@ -407,7 +392,7 @@ def _run(
     """Train here, or start the processes that do and wait for them."""
     import torch
 
-    from proxydet.training.checkpoint import read_iteration
+    from proxydet.training.checkpoint import read_header
     from proxydet.training.distributed import DistInfo, connect, decided_by_main, launched_rank
     from proxydet.training.launch import LAUNCHER, launch, requeue_job, worker
     from proxydet.training.runfolder import RunFolder
@@ -444,10 +429,8 @@ def _run(
             if finished is not None:
                 if not output.quiet:
                     plotted()
-                    output.data(
-                        finished,
-                        f"This run is finished: nothing to do.\n{_summary(finished, config)}",
-                    )
+                    summary = _summary(finished, config)
+                    output.data(finished, f"This run is finished: nothing to do.\n{summary}")
                 return
 
         def train_here() -> None:
@@ -466,15 +449,9 @@ def _run(
         @contextlib.contextmanager
         def held() -> Iterator[None]:
             """Join the others; the main process holds the run folder, before one of them writes in it."""
-            with (
-                connect(device, config.data.worker_timeout_s) as ranks,
-                contextlib.ExitStack() as holding,
-            ):
-
-                def take() -> None:
-                    holding.enter_context(folder.held())
-
-                decided_by_main(ranks, take)
+            with contextlib.ExitStack() as own:
+                ranks = own.enter_context(connect(device, config.data.worker_timeout_s))
+                decided_by_main(ranks, lambda: bool(own.enter_context(folder.held())))
                 yield
 
         try:
@@ -484,7 +461,7 @@ def _run(
             elif plan.torchrun:
                 # In each of the processes it would take seconds to come out, and be reported as one process's failure.
                 if isinstance(resume, Path):
-                    read_iteration(resume)
+                    read_header(resume)
                 check_own_code(config)
                 chosen = dataclasses.replace(options, output=root)
                 words = ["train", *chosen.words(), *(["--json"] if json else [])]
@@ -502,28 +479,16 @@ def _run(
             raise
 
 
-def _chosen(reasons: tuple[Reason, ...]) -> str:
-    width = max(len(f"{reason.key}={reason.value}") for reason in reasons)
-    return "\n".join(
-        f"  {f'{reason.key}={reason.value}':{min(width, 60)}}  {reason.why}" for reason in reasons
-    )
-
-
 def _summary(result: TrainResult, config: RunConfig, done: str = "trained") -> str:
-    lines = [f"{done} {result.iterations} iterations in {result.folder}"]
+    lines, best = [f"{done} {result.iterations} iterations in {result.folder}"], result.best
     if result.losses:
         lines.append(f"loss {result.losses['total']:.4g}")
     if result.stopped_early:
-        lines.append(
-            "stopped early: "
-            + (
-                f"no better {result.best.metric} in {config.training.evaluation.patience} evaluations"
-                if result.best is not None
-                else "the metric did not improve"
-            )
-        )
-    if result.best is not None:
-        best = result.best
+        why = "the metric did not improve"
+        if best is not None:
+            why = f"no better {best.metric} in {config.training.evaluation.patience} evaluations"
+        lines.append(f"stopped early: {why}")
+    if best is not None:
         lines.append(f"best {best.metric} {best.value:.4f} after {best.iteration} iterations")
     if result.skipped:
         lines.append(f"{result.skipped} steps were skipped because a loss was not finite")
@@ -536,20 +501,14 @@ def _summary(result: TrainResult, config: RunConfig, done: str = "trained") -> s
 
         lines.append(report_text(result.finetune))
         lines.append(f"report: {result.folder / 'finetune.html'}")
-    run_name = shlex.quote(str(result.folder))
-    steps = [f"proxydet predict --run {run_name} photo.jpg"]
-    if config.data.description is None:
-        steps.insert(0, f"proxydet eval --run {run_name} --data FILE.toml")
-    elif _has_validation(config.data.description):
-        steps.insert(0, f"proxydet eval --run {run_name}")
-    return "\n".join([*lines, "next: " + "\n      ".join(steps)])
-
-
-def _has_validation(description: Path) -> bool:
     from proxydet.data.dataset import DatasetConfig
-    from proxydet.errors import InputError
 
-    try:
-        return DatasetConfig.from_toml(description).val is not None
-    except InputError:  # changed while it trained
-        return False
+    run, data = f"--run {shlex.quote(str(result.folder))}", config.data.description
+    steps = [f"proxydet predict {run} photo.jpg"]
+    if data is None:
+        steps.insert(0, f"proxydet eval {run} --data FILE.toml")
+    else:
+        with contextlib.suppress(InputError):  # changed while it trained
+            if DatasetConfig.from_toml(data).val is not None:
+                steps.insert(0, f"proxydet eval {run}")
+    return "\n".join([*lines, "next: " + "\n      ".join(steps)])

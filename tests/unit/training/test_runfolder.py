@@ -172,7 +172,7 @@ class TestSettings:
         assert "my:Head" not in message
         with pytest.raises(ConfigError, match="code my:Loss"):
             check_same_data(earlier, now, mode="strict")
-        with pytest.raises(ConfigError, match="other data and code: the vocabulary and"):
+        with pytest.raises(ConfigError, match="the vocabulary and the code my:Loss"):
             check_same_data(earlier, {**now, "vocabulary": "zz"}, mode="strict")
 
     def test_a_dataset_config_may_move_with_its_annotations(self, tmp_path):

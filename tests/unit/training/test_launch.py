@@ -315,6 +315,7 @@ def test_kubeflow_states_a_rendezvous():
         "nodes": (2, 2), "processes": 8, "backend": "c10d", "endpoint": "job-worker-0:23456",
         "id": "job", "restarts": 10, "rank": None,
     }  # fmt: skip
+    assert plan({**elastic, "PET_NNODES": "2:2"}).nodes == 2
     with pytest.raises(ConfigError, match="PET_NNODES") as caught:
         plan({**elastic, "PET_NNODES": "1:2"})
     assert "the same" in str(caught.value.hint)
@@ -402,12 +403,6 @@ def test_variables_that_cannot_be_right_are_named(name, environment):
     with pytest.raises(ConfigError, match=rf"\b{name}\b") as caught:
         plan(environment)
     assert caught.value.hint
-
-
-def test_equal_least_and_greatest_numbers_of_nodes_are_one_number():
-    assert plan({**KUBEFLOW, "PET_NNODES": "2:2"}).nodes == 2
-    with pytest.raises(ConfigError, match="PET_NNODES"):
-        plan({**KUBEFLOW, "PET_NNODES": "1:2"})
 
 
 def test_ports_that_do_not_exist_are_refused():

@@ -198,24 +198,28 @@ def test_the_display_counts_iterations_not_steps(toy, tmp_path):
     )
 
 
-def poisoned(toy: ModuleType, monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
-    """Make the box loss NaN in the given calls of the criterion."""
+def poisoned(
+    toy: ModuleType, monkeypatch: pytest.MonkeyPatch, *calls: int, by: float = math.nan
+) -> None:
+    """Make the box loss NaN, or infinite, in the given calls of the criterion."""
     losses, count = toy.toy_losses, iter(range(1000))
 
     def poison(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
         values = losses(found, generator=generator)
         if next(count) in calls:
-            values["loss_box"] = values["loss_box"] * math.nan
+            values["loss_box"] = values["loss_box"] + by
         return values
 
     monkeypatch.setattr(toy, "toy_losses", poison)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path, monkeypatch):
-    poisoned(toy, monkeypatch, 5)
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path, monkeypatch, value):
+    poisoned(toy, monkeypatch, 5, by=float(value))
     with pytest.raises(NumericsError) as caught:
         toy.run(tmp_path, {})
-    assert "At iteration 5, loss_box is nan on images 500, 501, 502, 503." in caught.value.message
+    message = f"At iteration 5, loss_box is {value} on images 500, 501, 502, 503."
+    assert message in caught.value.message
     record = json.loads((tmp_path / "failures/step_0000005.json").read_text())
     assert record["not_finite"][0]["images"] == [[500, 501, 502, 503]]
     assert (tmp_path / "checkpoints/step_0000004.pth").exists()

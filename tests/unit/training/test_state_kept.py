@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from proxydet.errors import DiskFullError, JobInterruptedError, NumericsError
+from proxydet.errors import JobInterruptedError, NumericsError
 from proxydet.training.checkpoint import TrainingState, load_checkpoint
 from proxydet.training.config import OptimizerConfig, ScheduleConfig
 from proxydet.training.step import build_optimizer, learning_rate_factor
@@ -58,12 +56,6 @@ def poison(toy: ModuleType, monkeypatch: pytest.MonkeyPatch, value: float, *call
         )
 
     monkeypatch.setattr(toy, "toy_losses", poisoned)
-
-
-def test_an_infinite_loss_is_refused_too(toy, tmp_path, monkeypatch):
-    poison(toy, monkeypatch, float("inf"), 1)
-    with pytest.raises(NumericsError, match="loss_box is inf"):
-        toy.run(tmp_path, {"iterations": 3})
 
 
 def test_skipped_steps_count_over_the_whole_run(toy, tmp_path, monkeypatch):
@@ -146,24 +138,9 @@ def test_a_checkpoint_is_replaced_not_written_over(tmp_path, monkeypatch):
     assert len(flushed) == 2, "the file and its folder"
 
 
-def test_a_disk_without_room_to_spare_is_full(tmp_path, monkeypatch):
-    state = {"weights": torch.zeros(1000)}
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4001))
-    with pytest.raises(DiskFullError):
-        write_state(state, tmp_path / "a.pth")
-
-
 def test_warm_up_ends_on_the_published_tolerance_and_may_outlast_the_training():
     constant = ScheduleConfig(shape="constant", warmup_iterations=10)
     assert learning_rate_factor(9, 20_000_000, constant) == 1.0
     long = ScheduleConfig(warmup_iterations=20)
     factors = [learning_rate_factor(step, 10, long) for step in range(10)]
     assert factors == pytest.approx([1e-3 * (1 - step / 20) for step in range(10)])
-
-
-def test_records_of_steps_that_are_taken_again_are_forgotten(toy, tmp_path):
-    toy.run(tmp_path, {"log": {"period": 1}})
-    toy.run(tmp_path, {"log": {"period": 1}}, resume=tmp_path / "checkpoints/step_0000008.pth")
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 13))

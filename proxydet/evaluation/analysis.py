@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from proxydet.evaluation.matching import FOUND, IGNORED, LEAST_OVERLAP, UNMATCHED, Matches
+from proxydet.evaluation.report import percent
 from proxydet.evaluation.results import fingerprint
 from proxydet.evaluation.scoring import (
     IOU_THRESHOLDS_T,
@@ -297,21 +298,18 @@ def operating_rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         points: As `Analysis.to_dict` has them.
     """
 
-    def percent(share: float | None) -> float | None:
-        return None if share is None else round(100 * share, 1)
-
-    def rounded(mean: float | None) -> float | None:
-        return None if mean is None else round(mean, 3)
+    def rounded(value: float | None, digits: int) -> float | None:
+        return None if value is None else round(value, digits)
 
     return [
         {
             "detections": point["name"],
             "right": point["right"],
             "wrong": point["wrong"],
-            "precision": percent(point["precision"]),
-            "recall": percent(point["recall"]),
-            "wrong an image": rounded(point["false_positives_per_image"]),
-            "wrong an empty image": rounded(point["false_positives_per_empty_image"]),
+            "precision": percent(point["precision"], 1),
+            "recall": percent(point["recall"], 1),
+            "wrong an image": rounded(point["false_positives_per_image"], 3),
+            "wrong an empty image": rounded(point["false_positives_per_empty_image"], 3),
         }
         for point in points
     ]
@@ -513,20 +511,18 @@ class Analysis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; None where there is nothing to measure."""
+
+        def known(values: NDArray[np.float64]) -> list[float | None]:
+            return [None if math.isnan(value) else value for value in values.tolist()]
+
         calibration = None
-        if self.calibration is not None:
+        if (found := self.calibration) is not None:
             calibration = {
-                "edges": self.calibration.edges.tolist(),
-                "score": [
-                    None if math.isnan(value) else value
-                    for value in self.calibration.score_B.tolist()
-                ],
-                "precision": [
-                    None if math.isnan(value) else value
-                    for value in self.calibration.precision_B.tolist()
-                ],
-                "detections": self.calibration.count_B.tolist(),
-                "error": self.calibration.error,
+                "edges": found.edges.tolist(),
+                "score": known(found.score_B),
+                "precision": known(found.precision_B),
+                "detections": found.count_B.tolist(),
+                "error": found.error,
             }
         return {
             "errors": asdict(self.errors) if self.errors else None,

@@ -432,20 +432,19 @@ def draw_error(evaluation: Evaluation, example: Example, read: ImageReader) -> C
     """
     truth, results = evaluation.truth, evaluation.results
     names, image_id = truth.category_names, truth.image_ids[example.image]
-    annotated = [int(index) for index in np.flatnonzero(truth.ann_image_A == example.image)]
-    if example.annotation >= 0:
-        annotated = [example.annotation]
-    detected = [example.detection]
     if example.detection < 0:
         confident_D = (results.image_D == example.image) & (results.score_D >= _LEAST_SCORE)
-        detected = [int(index) for index in np.flatnonzero(confident_D)][:_MOST_OBJECTS]
-    focus_4 = np.array(
-        _corners(
-            truth.ann_box_A4[example.annotation]
-            if example.detection < 0
-            else results.box_D4[example.detection]
-        )
-    )
+        detected = np.flatnonzero(confident_D)[:_MOST_OBJECTS].tolist()
+        name = names[truth.ann_category_A[example.annotation]]
+        focus_4 = _corners(truth.ann_box_A4[example.annotation])
+    else:
+        detected = [example.detection]
+        name = f"{names[results.category_D[example.detection]]} {results.score_D[example.detection]:.2f}"
+        focus_4 = _corners(results.box_D4[example.detection])
+    if example.annotation >= 0:
+        annotated = [example.annotation]
+    else:
+        annotated = np.flatnonzero(truth.ann_image_A == example.image).tolist()
     image = Image.fromarray(read(image_id))
     reach = max(float((focus_4[2:] - focus_4[:2]).max()) * _AROUND, _LEAST_CLOSE_UP) / 2
     middle_2, size_2 = (focus_4[:2] + focus_4[2:]) / 2, np.array(image.size)
@@ -457,7 +456,7 @@ def draw_error(evaluation: Evaluation, example: Example, read: ImageReader) -> C
 
     def shown(box_4: NDArray[np.float64], **more: Any) -> list[DrawnObject]:
         """The object, moved and scaled; nothing where it is outside the crop."""
-        box = (np.array(_corners(box_4)) - np.tile(start_2, 2)) * scale
+        box = (_corners(box_4) - np.tile(start_2, 2)) * scale
         low, high = np.maximum(box[:2], 0), np.minimum(box[2:], crop.size)
         if (low >= high).any():
             return []
@@ -486,21 +485,13 @@ def draw_error(evaluation: Evaluation, example: Example, read: ImageReader) -> C
     both = Image.new("RGB", (2 * crop.width + 8, crop.height), "white")
     both.paste(draw_objects(crop, truths, style), (0, 0))
     both.paste(draw_objects(crop, found, style), (crop.width + 8, 0))
-    name = names[
-        truth.ann_category_A[example.annotation]
-        if example.detection < 0
-        else results.category_D[example.detection]
-    ]
-    if example.detection >= 0:
-        name += f" {float(results.score_D[example.detection]):.2f}"
     if example.detection >= 0 and example.annotation >= 0:
         name = f"{names[truth.ann_category_A[example.annotation]]} taken for {name}"
     return CaptionedImage(image=both, caption=f"{name}, image {image_id}")
 
 
-def _corners(box_4: NDArray[np.float64]) -> tuple[float, float, float, float]:
-    x, y, width, height = (float(side) for side in box_4)
-    return (x, y, x + width, y + height)
+def _corners(box_4: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.concatenate([box_4[:2], box_4[:2] + box_4[2:]])
 
 
 # -- the scatter plot ---------------------------------------------------------------------------------------------------

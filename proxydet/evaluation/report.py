@@ -271,7 +271,7 @@ def metric_rows(report: Report, digits: int = 2) -> list[dict[str, Any]]:
     for name in names:
         row: dict[str, Any] = {"metric": report.metric_prefix + name}
         for kind, part in report.types.items():
-            row[IOU_TYPE_NAMES[kind]] = _percent(part.metrics.get(name), digits)
+            row[IOU_TYPE_NAMES[kind]] = percent(part.metrics.get(name), digits)
             if part.intervals:
                 row[f"{IOU_TYPE_NAMES[kind]} ±"] = _half_width(part.intervals.get(name), digits)
         rows.append(row)
@@ -285,9 +285,9 @@ def group_rows(report: Report, digits: int = 2) -> list[dict[str, Any]]:
             "classes": group.name,
             "of": IOU_TYPE_NAMES[kind],
             "scored": group.scored,
-            f"{report.metric_prefix}AP": _percent(group.ap, digits),
+            f"{report.metric_prefix}AP": percent(group.ap, digits),
             **_spread(part, f"{group.name}/AP", "AP ±", digits),
-            f"{report.metric_prefix}AP50": _percent(group.ap50, digits),
+            f"{report.metric_prefix}AP50": percent(group.ap50, digits),
             **_spread(part, f"{group.name}/AP50", "AP50 ±", digits),
         }
         for kind, part in report.types.items()
@@ -300,11 +300,11 @@ def difference_rows(differences: Sequence[Difference]) -> list[dict[str, Any]]:
     return [
         {
             "metric": row.metric,
-            "A": _percent(row.first),
-            "B": _percent(row.second),
-            "B - A": _percent(row.difference),
-            "from": _percent(row.interval.low if row.interval else None),
-            "to": _percent(row.interval.high if row.interval else None),
+            "A": percent(row.first),
+            "B": percent(row.second),
+            "B - A": percent(row.difference),
+            "from": percent(row.interval.low if row.interval else None),
+            "to": percent(row.interval.high if row.interval else None),
             "by chance": None if row.chance is None else round(row.chance, 4),
             "verdict": _verdict(row),
         }
@@ -348,7 +348,8 @@ def _spread(part: TypeReport, name: str, column: str, digits: int) -> dict[str, 
     return {column: _half_width(part.intervals.get(name), digits)} if part.intervals else {}
 
 
-def _percent(value: float | None, digits: int = 2) -> float | None:
+def percent(value: float | None, digits: int = 2) -> float | None:
+    """Return a fraction in percent, rounded."""
     return None if value is None else round(100 * value, digits)
 
 

@@ -138,28 +138,6 @@ def read_text_tower(path: Path) -> dict[str, torch.Tensor]:
     return _as_float(tower)
 
 
-def read_image_tower(path: Path) -> dict[str, torch.Tensor]:
-    """Read the image tower of a CLIP checkpoint; its other tensors are left in the file.
-
-    Args:
-        path: As of `read_text_tower`.
-
-    Returns:
-        Tensors by the names that open_clip gives them below ``visual.``, float32 where they are numbers.
-
-    Raises:
-        CheckpointError: The file cannot be read, or holds no image tower.
-    """
-    tensors = read_state_dict(path, parts=("visual.",))
-    if not tensors:
-        raise CheckpointError(
-            f"{path} does not contain a CLIP image tower",
-            hint="give a whole CLIP checkpoint of OpenAI or open_clip, or run: proxydet download clip-vit-b32",
-            path=path,
-        )
-    return _as_float({name.removeprefix("visual."): t for name, t in tensors.items()})
-
-
 def _as_float(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
 
@@ -170,11 +148,6 @@ DEFAULT_MODEL = "ViT-B-32-quickgelu"
 _CHUNK = 256
 _LENGTH_STEP = 8
 _IMAGES_AT_ONCE = 32
-
-
-def default_clip_weights() -> Path:
-    """Where ``proxydet download clip-vit-b32`` puts CLIP's weights."""
-    return models_folder() / "clip" / "ViT-B-32.pt"
 
 
 def open_encoder(
@@ -193,7 +166,7 @@ def open_encoder(
     """
     if path is not None and path.suffix == ".json":
         return CompositionalEncoder.load(path)
-    weights = path or default_clip_weights()
+    weights = path or models_folder() / "clip" / "ViT-B-32.pt"
     if not weights.is_file():
         raise VocabularyError(
             f"embedding new class names needs the weights of CLIP's text encoder: {weights} does not exist",
@@ -315,7 +288,14 @@ class ClipTextEncoder:
         with torch.device("meta"):
             quick = bool(config.get("quick_gelu"))
             tower = CLIP(config["embed_dim"], vision, {}, quick_gelu=quick).visual
-        given = read_image_tower(self.weights)
+        tensors = read_state_dict(self.weights, parts=("visual.",))
+        if not tensors:
+            raise CheckpointError(
+                f"{self.weights} does not contain a CLIP image tower",
+                hint="give a whole CLIP checkpoint of OpenAI or open_clip, or run: proxydet download clip-vit-b32",
+                path=self.weights,
+            )
+        given = _as_float({name.removeprefix("visual."): t for name, t in tensors.items()})
         size = vision.get("image_size", 224)
         ready = _with_weights(tower, given, self.weights, f"the image tower of {self.model}")
         return ready.to(self.device), (size, size) if isinstance(size, int) else tuple(size)
@@ -370,7 +350,10 @@ class ClipTextEncoder:
             )
         # Texts of about the same length go together, so that none is padded far beyond its own length; and a
         # text's padding depends on itself alone, so that its embedding depends on its company by rounding at most.
-        lengths = [self._padded(count) for count in counts]
+        lengths = [self.context_length] * len(counts)
+        if self._settings["cut"]:
+            steps = [-(-count // _LENGTH_STEP) * _LENGTH_STEP for count in counts]
+            lengths = [min(length, self.context_length) for length in steps]
         rows: dict[str, Floats] = {}
         with self.progress.task("embedding class names", total=len(texts), unit="texts") as task:
             for length in sorted(set(lengths)):
@@ -380,12 +363,6 @@ class ClipTextEncoder:
                     rows.update(zip(chunk, self._run(chunk, length), strict=True))
                     task.advance(len(chunk))
         return rows
-
-    def _padded(self, count: int) -> int:
-        """Length to which a text of ``count`` tokens is padded."""
-        if not self._settings["cut"]:
-            return self.context_length
-        return min(-(-count // _LENGTH_STEP) * _LENGTH_STEP, self.context_length)
 
     def _run(self, texts: Sequence[str], length: int) -> Floats:
         import torch

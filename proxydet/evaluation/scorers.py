@@ -471,33 +471,34 @@ def calibrate_vocabulary(
         name = "the same, learned from other images"
         points.append(operating_point(scored, elsewhere_S, name, classes=asked_C))
         worse = _is_worse(points[2], points[0], precision, keep)
-    own = dict(zip(names, threshold_C.tolist(), strict=True))
-    number = {name: row for row, name in enumerate(names)}
-    objects_C = np.bincount(matches.ann_category_G[counted_G], minlength=len(names))
-    detections_C = np.bincount(class_S[used_S], minlength=len(names))
-
-    def counted(chosen_S: NDArray[np.bool_]) -> NDArray[np.int64]:
-        return np.bincount(class_S[chosen_S & used_S], minlength=len(names))
-
+    row_of = {name: row for row, name in enumerate(names)}
     kept = [score_S > general_S, score_S > threshold_C[class_S]]
-    columns = [counted(part & found_S) for part in kept for found_S in (right_S, ~right_S)]
+    judged_parts = [
+        used_S,
+        *(part & used_S & found for part in kept for found in (right_S, ~right_S)),
+    ]
+    # One more for classes that are not annotated.
+    detections, *counts = np.stack(
+        [np.bincount(class_S[part], minlength=len(names) + 1) for part in judged_parts]
+    ).tolist()
+    objects = np.bincount(matches.ann_category_G[counted_G], minlength=len(names) + 1).tolist()
     classes = []
     for name in vocabulary.reported:
-        row = number.get(name)
+        row = row_of.get(name, len(names))
         basis = "shared"
-        if row is not None and detections_C[row]:
-            basis = "own" if objects_C[row] >= _FEW else "few"
-        counts = [0] * 4 if row is None else [int(column[row]) for column in columns]
+        if detections[row]:
+            basis = "own" if objects[row] >= _FEW else "few"
+        right_before, wrong_before, right, wrong = (column[row] for column in counts)
         classes.append(
             CalibratedClass(
                 name=name,
-                objects=0 if row is None else int(objects_C[row]),
-                threshold=without if basis == "shared" else own[name],
+                objects=objects[row],
+                threshold=without if basis == "shared" else float(threshold_C[row]),
                 basis=basis,
-                right_before=counts[0],
-                wrong_before=counts[1],
-                right=counts[2],
-                wrong=counts[3],
+                right_before=right_before,
+                wrong_before=wrong_before,
+                right=right,
+                wrong=wrong,
             )
         )
     if saved := even_if_worse or not worse:

@@ -599,10 +599,6 @@ def any_names() -> list[str]:
         return [entry.name for entry in read_names(path)]
 
 
-def _coco_names(_: Path) -> _Names:
-    return any_names(), None
-
-
 def _objects365_names(path: Path) -> _Names:
     # Number, name as published, name as corrected; the embeddings are of the corrected ones.
     with path.open(encoding="utf-8", newline="") as file:
@@ -633,7 +629,9 @@ _PUBLISHED = {
     "lvis": _Published(
         "metadata/lvis_v1_clip_a+cname.npy", _LVIS_CLASSES, _lvis_names, "lvis-metadata"
     ),
-    "coco": _Published("metadata/coco_clip_a+cname.npy", None, _coco_names, "coco-embeddings"),
+    "coco": _Published(
+        "metadata/coco_clip_a+cname.npy", None, lambda _: (any_names(), None), "coco-embeddings"
+    ),
     "objects365": _Published(
         "metadata/o365_clip_a+cnamefix.npy",
         "metadata/Objects365_names_fix.csv",

@@ -342,12 +342,20 @@ def results_of(place: Path) -> Path:
 
 def read_description(options: EvalOptions) -> DatasetConfig:
     """Read the dataset config that was named, or that the run was trained with."""
+    from proxydet.config import from_mapping
+    from proxydet.data.config import DataConfig
     from proxydet.data.dataset import DatasetConfig, published_split
+    from proxydet.models import configuration_of
+    from proxydet.paths import datasets_folder, require_run
 
     if options.published is not None:
         detecting = options.results is None and options.compare is None
         return published_split(options.split, with_images=detecting)
-    path = _description_path(options)
+    path = options.data_path()
+    if path is None and options.model.run is not None:
+        run = configuration_of(require_run(options.model.run))
+        path = from_mapping(DataConfig, run.get("data", {})).description
+    path = path or datasets_folder() / "lvis.toml"
     if not path.is_file():
         raise DataError(
             f"{path} is a folder, not a dataset config"
@@ -357,24 +365,6 @@ def read_description(options: EvalOptions) -> DatasetConfig:
             path=path,
         )
     return DatasetConfig.from_toml(path)
-
-
-def _description_path(options: EvalOptions) -> Path:
-    from proxydet.paths import datasets_folder, require_run
-
-    path = options.data_path()
-    if path is not None:
-        return path
-    if options.model.run is not None:
-        from proxydet.config import from_mapping
-        from proxydet.data.config import DataConfig
-        from proxydet.models import configuration_of
-
-        run = configuration_of(require_run(options.model.run))
-        found = from_mapping(DataConfig, run.get("data", {})).description
-        if found is not None:
-            return found
-    return datasets_folder() / "lvis.toml"
 
 
 def evaluate_options(options: EvalOptions, output: Output) -> None:

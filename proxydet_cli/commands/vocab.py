@@ -622,6 +622,7 @@ def show(
     json: Json = False,
 ) -> None:
     """Show what each class resembles, whether it counts as base or novel and why, what is too alike, and what CLIP would cut."""
+    from proxydet.errors import VocabularyError
     from proxydet.models import run_vocabulary
     from proxydet.paths import require_run
     from proxydet.vocabulary.comparison import compare
@@ -634,27 +635,17 @@ def show(
     if run is not None:
         reference = run_vocabulary(require_run(run))
     else:
-        reference = _training_vocabulary(against, encoder)
+        try:
+            reference = _open(against or "lvis", encoder)
+        except VocabularyError as error:
+            if against is None:
+                error.hint = f"{error.hint}; or compare with the training of yours: --run FOLDER"
+            raise
     shown = _open(vocabulary, encoder, names=names, known=reference)
     report = compare(
         shown, reference, threshold=threshold, neighbours=neighbours, alike_above=alike_above
     )
     _render(Output(json=json), report, names_too_long(shown.names), shown)
-
-
-def _training_vocabulary(against: str | None, encoder: Path | None) -> Vocabulary:
-    from proxydet.errors import VocabularyError
-
-    try:
-        return _open(against or "lvis", encoder)
-    except VocabularyError as error:
-        if against is not None:
-            raise
-        raise VocabularyError(
-            error.message,
-            hint=f"{error.hint}; or compare with the training of yours: --run FOLDER",
-            path=error.path,
-        ) from error
 
 
 def _open(

@@ -232,6 +232,15 @@ class OnnxDetector:
             ) from error
         properties = session.get_modelmeta().custom_metadata_map
         metadata = ExportMetadata.from_text(properties.get("proxydet"), path, sealed=sealed)
+        inputs = {value.name for value in session.get_inputs()}
+        outputs = {value.name for value in session.get_outputs()}
+        expected = {*INPUTS, *(SCORER_INPUTS if metadata.scorers else ())}
+        if inputs != expected or not outputs.issuperset(OUTPUTS if metadata.masks else BOX_OUTPUTS):
+            raise InputError(
+                f"the inputs or outputs of {path} are not those that its metadata say",
+                hint=REMEDY,
+                path=path,
+            )
         companion = path.with_suffix(".npz")
         if not companion.is_file():
             return cls(session, metadata, None)

@@ -20,6 +20,7 @@ from proxydet.export.exporter import describe
 from proxydet.export.runtime import (
     INPUTS,
     ONNX_SEAL,
+    OUTPUTS,
     SCORER_INPUTS,
     OnnxDetector,
     paste,
@@ -126,17 +127,22 @@ def test_only_the_vocabulary_that_was_exported_with_the_file_is_taken(
     (tmp_path / "model.onnx").touch()
     seal(tmp_path / "model.onnx", ONNX_SEAL)
 
-    def open_file(exported_with: Vocabulary | None) -> OnnxDetector:
-        text = describe(detector, exported_with).to_text()
+    def open_file(exported_with: Vocabulary | None, **forged: bool) -> OnnxDetector:
+        text = dataclasses.replace(describe(detector, exported_with), **forged).to_text()
+        values = [SimpleNamespace(name=name) for name in (*INPUTS, *SCORER_INPUTS, *OUTPUTS)]
         made_up = SimpleNamespace(
             SessionOptions=SimpleNamespace,
             InferenceSession=lambda *_, **__: SimpleNamespace(
-                get_modelmeta=lambda: SimpleNamespace(custom_metadata_map={"proxydet": text})
+                get_modelmeta=lambda: SimpleNamespace(custom_metadata_map={"proxydet": text}),
+                get_inputs=lambda: values[:8],
+                get_outputs=lambda: values[8:],
             ),
         )
         monkeypatch.setitem(sys.modules, "onnxruntime", made_up)
         return OnnxDetector.from_file(tmp_path / "model.onnx")
 
+    with pytest.raises(InputError, match=r"model\.onnx are not those"):
+        open_file(own, scorers=False)
     image = np.zeros((20, 30, 3), np.uint8)
     with pytest.raises(VocabularyError, match="there is no vocabulary next to the model"):
         open_file(own).predict(image)

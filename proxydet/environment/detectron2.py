@@ -77,10 +77,8 @@ class Detectron2:
 
     version: str
     """Its own version number; that of its main branch is 0.6, too."""
-
     folder: Path
     """The folder of its package."""
-
     operators: Literal["compiled", "absent", "broken"]
     """Its compiled part: working, not built (nothing here needs it), or built but not loadable."""
 

@@ -52,13 +52,10 @@ class Part:
 
     process: int
     """Number of the process, from 0; the first run is in process 0."""
-
     repetition: int
     """Number of the repetition in that process, from 0."""
-
     step: int
     """Step, from 0."""
-
     where: str
     """``loss NAME``, ``gradient of NAME`` or ``weight NAME``: of several, losses come first, then gradients."""
 
@@ -69,36 +66,26 @@ class ModeResult:
 
     mode: Mode
     """The mode."""
-
     repetitions: int
     """Times that the same steps were run, over all processes."""
-
     differing_repetitions: int
     """How many differ in any bit of a loss, gradient or weight: from the first of their process, and the first of a
     process from that of process 0."""
-
     gradient_elements: int
     """Gradient elements of one repetition, all steps together."""
-
     differing_elements: int
     """The most gradient elements in which a repetition differs from the first one of its process."""
-
     first_difference: Part | None
     """Where the first differing repetition differs from the first run; None where all are identical."""
-
     step_seconds: float
     """Time of a step: the median of a process's steps, the smaller of the processes'."""
-
     step_cpu_seconds: float
     """Processor time of a step over all threads, taken like ``step_seconds``: other work on the machine changes it
     least."""
-
     memory_mib: float
     """Most memory during the steps: allocated on the GPU, or on the CPU what the steps added to the process."""
-
     losses: dict[str, float]
     """Losses of the first step."""
-
     identical: bool
     """Whether every repetition gave the same bits."""
 
@@ -109,19 +96,14 @@ class DeterminismReport:
 
     device: str
     """``cpu``, or the GPU's name."""
-
     recipe: str
     """The configuration's recipe."""
-
     steps: int
     """Steps of one repetition."""
-
     processes: int
     """Fresh processes in each mode."""
-
     versions: dict[str, str]
     """torch, torchvision and CUDA."""
-
     modes: tuple[ModeResult, ...]
     """One result a mode."""
 
@@ -161,20 +143,16 @@ def verify_determinism(
         RuntimeEnvironmentError: There is no such device, or a process failed.
     """
     check_precision(config.training.precision, choose_device(device))
-    settings: dict[str, Any] = {
-        "device": device,
-        "steps": steps,
-        "repetitions": repetitions,
-        "classes": LVIS_CLASSES,
-    }
+    settings: dict[str, Any] = {"steps": steps, "repetitions": repetitions, "classes": LVIS_CLASSES}
     found: dict[Mode, list[dict[str, Any]]] = {mode: [] for mode in modes}
     with progress.task("repeating steps", total=len(modes) * PROCESSES, unit="processes") as task:
         # Modes alternate: a machine that slows down meanwhile slows each of them.
         for mode in [*modes] * PROCESSES:
             task.describe(f"repeating steps, mode {mode}")
             try:
+                plain = to_mapping(config)
                 answer = call_in_new_process(
-                    __name__, "repeat_steps", config=to_mapping(config), mode=mode, **settings
+                    __name__, "repeat_steps", config=plain, mode=mode, device=device, **settings
                 )
             except RuntimeEnvironmentError as error:
                 raise RuntimeEnvironmentError(
@@ -183,29 +161,21 @@ def verify_determinism(
                 ) from error
             found[mode].append(answer)
             task.advance()
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     return DeterminismReport(
         device=next((answers[0]["device"] for answers in found.values()), device),
         recipe=config.recipe,
         steps=steps,
         processes=PROCESSES,
-        versions={
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "cuda": torch.version.cuda or "none",
-        },
+        versions={**versions, "cuda": torch.version.cuda or "none"},
         modes=tuple(summarize(mode, answers) for mode, answers in found.items()),
     )
 
 
 def summarize(mode: Mode, found: Sequence[Mapping[str, Any]]) -> ModeResult:
-    """Compare what the processes of one mode returned.
+    """Compare what :func:`repeat_steps` returned in each process of one mode.
 
-    Args:
-        mode: The mode.
-        found: What :func:`repeat_steps` returned in each process.
-
-    Returns:
-        The result; repetitions are compared with the first of their process, and that with the first of process 0.
+    Repetitions are compared with the first of their process, and that with the first of process 0.
     """
     parts = []
     for process, answer in enumerate(found):
@@ -238,22 +208,11 @@ def summarize(mode: Mode, found: Sequence[Mapping[str, Any]]) -> ModeResult:
 
 
 def repeat_steps(
-    config: Mapping[str, Any],
-    mode: Mode,
-    device: str,
-    steps: int,
-    repetitions: int,
-    classes: int,
+    config: Mapping[str, Any], mode: Mode, device: str, steps: int, repetitions: int, classes: int
 ) -> dict[str, Any]:
     """Repeat training steps from the same start; puts the process into the mode.
 
-    Args:
-        config: A `RunConfig` as plain values.
-        mode: The reproducibility mode.
-        device: ``cpu`` or ``cuda``.
-        steps: Steps of a repetition.
-        repetitions: Times to run them.
-        classes: Size of the vocabulary.
+    ``config`` is a `RunConfig` as plain values, ``classes`` the size of the vocabulary.
 
     Returns:
         Time, memory and losses of the steps; digests of the first repetition; for the others, the first difference
@@ -279,7 +238,6 @@ class StepRecord:
 
     digests: dict[str, str]
     """``loss NAME``, ``gradient of NAME``, ``weight NAME`` to the digest of its bits, in the order of computation."""
-
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Gradients by parameter, on the CPU."""
 
@@ -404,16 +362,13 @@ def compare(first: Sequence[StepRecord], other: Sequence[StepRecord]) -> dict[st
             found["first"] = [number, where]
         for name in mine.gradients.keys() | theirs.gradients.keys():
             pair = [step.gradients[name] for step in (mine, theirs) if name in step.gradients]
-            if len(pair) == 1:
-                found["elements"] += pair[0].numel()
-            else:
-                # Bits are compared: two NaN of one pattern are equal, 0 and -0 are not.
-                bits = [g.contiguous().view(_BITS[g.element_size()]) for g in pair]
-                found["elements"] += int((bits[0] != bits[1]).sum())
+            # Bits are compared: two NaN of one pattern are equal, 0 and -0 are not.
+            bits = [_bytes(gradient).reshape(-1, gradient.element_size()) for gradient in pair]
+            differs = (bits[0] != bits[-1]).any(axis=1) if len(bits) == 2 else np.ones(len(bits[0]))
+            found["elements"] += int(differs.sum())
     return found
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MIB = 2**20
 
 
@@ -425,8 +380,11 @@ def first_difference(first: Mapping[str, str], other: Mapping[str, str]) -> str 
 
 def bits_digest(tensor: Tensor) -> str:
     """Digest of a tensor's bits, in hexadecimal."""
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(content.data, digest_size=12).hexdigest()
+    return hashlib.blake2b(_bytes(tensor).data, digest_size=12).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def resident_mib() -> float:
@@ -439,12 +397,7 @@ def resident_mib() -> float:
 
 
 def random_vocabulary(classes: int, dimension: int) -> Vocabulary:
-    """Return classes with random embeddings, seven in ten of them base.
-
-    Args:
-        classes: How many.
-        dimension: Of the embeddings.
-    """
+    """Return classes with random embeddings, seven in ten of them base."""
     generator = np.random.default_rng(0)
     return Vocabulary.from_arrays(
         [f"class {index}" for index in range(classes)],
@@ -454,56 +407,39 @@ def random_vocabulary(classes: int, dimension: int) -> Vocabulary:
 
 
 def random_batches(config: DataConfig, classes: int) -> list[Batch]:
-    """Return a batch of each source of a configuration, of full size.
-
-    Args:
-        config: The sizes.
-        classes: Labels are below this number.
-    """
+    """Return a batch of each source of a configuration, of full size, with labels below ``classes``."""
     generator = np.random.default_rng(1)
 
     def images(count: int, side: int) -> tuple[Tensor, ...]:
         pixels = generator.integers(0, 256, size=(count, 3, side, side), dtype=np.uint8)
         return tuple(torch.from_numpy(image) for image in pixels)
 
+    def objects(side: int) -> Instances:
+        """Return up to 12 boxes anywhere in the image, no side below 8 pixels, each with a diamond for a mask."""
+        count = int(generator.integers(1, 13))
+        low_N2, high_N2 = np.sort(generator.uniform(0, side, size=(count, 2, 2)), axis=1).swapaxes(
+            0, 1
+        )
+        low_N2 = np.minimum(low_N2, side - 8.0)
+        boxes_N4 = np.concatenate([low_N2, np.maximum(high_N2, low_N2 + 8.0)], axis=1)
+        instances = Instances((side, side))
+        instances.gt_boxes = Boxes(torch.from_numpy(boxes_N4).float())
+        instances.gt_classes = torch.from_numpy(generator.integers(0, classes, size=count))
+        instances.gt_masks = PolygonMasks(
+            [
+                [[(x1 + x2) / 2, y1, x2, (y1 + y2) / 2, (x1 + x2) / 2, y2, x1, (y1 + y2) / 2]]
+                for x1, y1, x2, y2 in boxes_N4.tolist()
+            ]
+        )
+        return instances
+
     count, side = config.boxes.batch_size, config.boxes.size
-    batches: list[Batch] = [
-        BoxBatch(
-            images=images(count, side),
-            instances=tuple(_random_objects(side, classes, generator) for _ in range(count)),
-            image_ids=tuple(range(count)),
-        )
-    ]
+    pixels, ids = images(count, side), tuple(range(count))
+    instances = tuple(objects(side) for _ in range(count))
+    batches: list[Batch] = [BoxBatch(images=pixels, instances=instances, image_ids=ids)]
     if config.image_labels is not None:
-        count = config.image_labels.batch_size
-        labels = generator.integers(0, classes, size=(count, 1))
-        batches.append(
-            ImageLabelBatch(
-                images=images(count, config.image_labels.size),
-                labels=tuple(torch.from_numpy(row) for row in labels),
-                image_ids=tuple(range(count)),
-            )
-        )
+        count, side = config.image_labels.batch_size, config.image_labels.size
+        labels = tuple(map(torch.from_numpy, generator.integers(0, classes, size=(count, 1))))
+        pixels, ids = images(count, side), tuple(range(count))
+        batches.append(ImageLabelBatch(images=pixels, labels=labels, image_ids=ids))
     return batches
-
-
-_MOST_OBJECTS = 12
-_SMALLEST_SIDE = 8.0
-
-
-def _random_objects(side: int, classes: int, generator: np.random.Generator) -> Instances:
-    """Boxes anywhere in the image, each with a diamond for a mask."""
-    count = int(generator.integers(1, _MOST_OBJECTS + 1))
-    corners_N22 = np.sort(generator.uniform(0, side, size=(count, 2, 2)), axis=1)
-    low_N2, high_N2 = corners_N22[:, 0], corners_N22[:, 1]
-    low_N2 = np.minimum(low_N2, side - _SMALLEST_SIDE)
-    boxes_N4 = np.concatenate([low_N2, np.maximum(high_N2, low_N2 + _SMALLEST_SIDE)], axis=1)
-    instances = Instances((side, side))
-    instances.gt_boxes = Boxes(torch.from_numpy(boxes_N4).float())
-    instances.gt_classes = torch.from_numpy(generator.integers(0, classes, size=count))
-    diamonds = []
-    for x1, y1, x2, y2 in boxes_N4.tolist():
-        middle_x, middle_y = (x1 + x2) / 2, (y1 + y2) / 2
-        diamonds.append([[middle_x, y1, x2, middle_y, middle_x, y2, x1, middle_y]])
-    instances.gt_masks = PolygonMasks(diamonds)
-    return instances

@@ -22,7 +22,7 @@ import re
 import stat
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -84,13 +84,10 @@ class PatchRecord:
 
     before: str
     """SHA-256 of the original file."""
-
     after: str
     """SHA-256 of the changed file."""
-
     applied_at: str
     """UTC time, ISO 8601."""
-
     proxydet: str
     """The version of proxydet that did it."""
 
@@ -101,31 +98,22 @@ class PatchStatus:
 
     file: Path
     """The file, links resolved."""
-
     state: PatchState
     """``original``, ``applied``, ``half`` or ``altered`` code, or ``missing``."""
-
     reason: str
     """Why, one sentence."""
-
     digest: str | None = None
     """SHA-256 of the file; None where it is missing."""
-
     record: PatchRecord | None = None
     """What ``apply`` recorded, where the file or its kept original still matches; None otherwise."""
-
     obstacle: str = ""
     """Why this user may not replace the file; empty where they may."""
-
     stale_bytecode: tuple[Path, ...] = ()
     """Compiled files that Python would run without reading the source, and that are of another source."""
-
     diff: str = ""
     """For ``half`` and ``altered``: from what was expected to what is there."""
-
     notes: tuple[str, ...] = ()
     """What else the user should know."""
-
     writable: bool = False
     """Whether this user may replace the file."""
 
@@ -136,25 +124,18 @@ class PatchChange:
 
     file: Path
     """The file, links resolved."""
-
     action: Literal["apply", "revert"]
     """Which of the two."""
-
     changed: bool
     """False where there was nothing to do."""
-
     dry_run: bool
     """Whether the disk was left alone."""
-
     before: str
     """SHA-256 before."""
-
     after: str
     """SHA-256 after."""
-
     diff: str
     """Unified diff of the change; empty where there is none."""
-
     removed_bytecode: tuple[Path, ...] = ()
     """Compiled files that were deleted, so that Python compiles the new source."""
 
@@ -366,112 +347,89 @@ def apply_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
     Raises:
         RuntimeEnvironmentError: The file is not the expected code, or may not be replaced.
     """
-    status, source = _expected(file)
-    if status.state == "applied":
-        return _changed(status, "apply", source, source, dry_run=dry_run)
-    changed = _with_change(source)
-    if not dry_run:
-        _require_writable(status)
-        record = PatchRecord(
-            before=_digest(source),
-            after=_digest(changed),
-            applied_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            proxydet=__version__,
-        )
-        # The original and the record come first: an interruption after them leaves a file that they describe.
-        text = json.dumps(asdict(record), indent=2) + os.linesep
-        for suffix, content in ((_ORIGINAL, source), (_RECORD, text.encode())):
-            _replace(status.file.with_name(status.file.name + suffix), content, like=status.file)
-    return _changed(status, "apply", source, changed, dry_run=dry_run)
+    return _change(file, "apply", dry_run=dry_run)
 
 
 def revert_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
     """Restore the original ``roi_align.py``, byte for byte; does nothing where it is present already.
 
-    Args:
-        file: The file.
-        dry_run: Only return what would change.
-
-    Returns:
-        What was done, with the diff.
+    Arguments and result as of :func:`apply_patch`.
 
     Raises:
         RuntimeEnvironmentError: The file was changed since, the change is not proxydet's own, or it may not be replaced.
     """
-    status, source = _expected(file)
-    original = source
-    if status.state == "applied":
+    return _change(file, "revert", dry_run=dry_run)
+
+
+def _change(file: Path, action: Literal["apply", "revert"], *, dry_run: bool) -> PatchChange:
+    status = patch_status(file)
+    file = status.file
+    if status.state not in {"original", "applied"}:
+        shown = f"\n\n{status.diff}" if status.diff else ""
+        raise RuntimeEnvironmentError(
+            f"{file} was not changed: {status.reason}.{shown}",
+            hint=f"reinstall detectron2 to have its original file; {_RUN_TIME}",
+            path=file,
+        )
+    before = after = file.read_bytes()
+    kept, recorded = (file.with_name(file.name + suffix) for suffix in (_ORIGINAL, _RECORD))
+    if action == "apply" and status.state == "original":
+        after = _with_change(before)
+    elif action == "revert" and status.state == "applied":
         if status.record is None:
             raise RuntimeEnvironmentError(
-                f"{status.file} cannot be reverted: proxydet did not write the change, or its kept original "
+                f"{file} cannot be reverted: proxydet did not write the change, or its kept original "
                 "is missing or altered.",
                 hint="reinstall detectron2 to have its original file",
-                path=status.file,
+                path=file,
             )
-        original = status.file.with_name(status.file.name + _ORIGINAL).read_bytes()
-        if status.record.after != _digest(source):
-            labels = ("as applied", "found")
-            changes = _diff(_with_change(original), source, status.file.name, labels)
+        after = kept.read_bytes()
+        if status.record.after != _digest(before):
+            changes = _diff(_with_change(after), before, file.name, ("as applied", "found"))
             raise RuntimeEnvironmentError(
-                f"{status.file} was changed after the patch was applied, so it was not reverted.\n\n{changes}",
+                f"{file} was changed after the patch was applied, so it was not reverted.\n\n{changes}",
                 hint="undo that change, or reinstall detectron2",
-                path=status.file,
+                path=file,
             )
-    change = _changed(status, "revert", source, original, dry_run=dry_run)
-    if not dry_run and status.writable:
-        for suffix in (_RECORD, _ORIGINAL):
-            status.file.with_name(status.file.name + suffix).unlink(missing_ok=True)
-    return change
-
-
-def _expected(file: Path) -> tuple[PatchStatus, bytes]:
-    status = patch_status(file)
-    if status.state in {"original", "applied"}:
-        return status, status.file.read_bytes()
-    shown = f"\n\n{status.diff}" if status.diff else ""
-    raise RuntimeEnvironmentError(
-        f"{status.file} was not changed: {status.reason}.{shown}",
-        hint=f"reinstall detectron2 to have its original file; {_RUN_TIME}",
-        path=status.file,
-    )
-
-
-def _require_writable(status: PatchStatus) -> None:
-    if not status.writable:
-        raise RuntimeEnvironmentError(
-            f"{status.file} cannot be changed by this user: {status.obstacle}.",
-            hint=f"use an environment of your own; {_RUN_TIME}",
-            path=status.file,
-        )
-
-
-def _changed(
-    status: PatchStatus,
-    action: Literal["apply", "revert"],
-    before: bytes,
-    after: bytes,
-    *,
-    dry_run: bool,
-) -> PatchChange:
-    """Write the new text, delete compiled files that Python would run instead of it, and report both."""
-    removed: tuple[Path, ...] = ()
-    if not dry_run and (before != after or status.stale_bytecode):
-        _require_writable(status)
-        if before != after:
-            _replace(status.file, after, like=status.file)
-        removed = _bytecode_files(status.file)
-        for compiled in removed:
-            compiled.unlink(missing_ok=True)
-    return PatchChange(
-        file=status.file,
+    change = PatchChange(
+        file=file,
         action=action,
         changed=before != after,
         dry_run=dry_run,
         before=_digest(before),
         after=_digest(after),
-        diff=_diff(before, after, status.file.name, ("before", "after")),
-        removed_bytecode=removed,
+        diff=_diff(before, after, file.name, ("before", "after")),
     )
+    if dry_run:
+        return change
+    if before != after or status.stale_bytecode:
+        if not status.writable:
+            raise RuntimeEnvironmentError(
+                f"{file} cannot be changed by this user: {status.obstacle}.",
+                hint=f"use an environment of your own; {_RUN_TIME}",
+                path=file,
+            )
+        if action == "apply" and before != after:
+            record = PatchRecord(
+                before=change.before,
+                after=change.after,
+                applied_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                proxydet=__version__,
+            )
+            # The original and the record come first: an interruption after them leaves a file that they describe.
+            _replace(kept, before, like=file)
+            text = json.dumps(asdict(record), indent=2) + os.linesep
+            _replace(recorded, text.encode(), like=file)
+        if before != after:
+            _replace(file, after, like=file)
+        # Compiled files that Python would run instead of the new text.
+        change = replace(change, removed_bytecode=_bytecode_files(file))
+        for compiled in change.removed_bytecode:
+            compiled.unlink(missing_ok=True)
+    if action == "revert" and status.writable:
+        for path in (recorded, kept):
+            path.unlink(missing_ok=True)
+    return change
 
 
 def _replace(file: Path, content: bytes, *, like: Path) -> None:

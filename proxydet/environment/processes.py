@@ -22,21 +22,12 @@ class Fact:
 
     value: str | None
     """What was found; None where nothing was."""
-
     problem: str = ""
     """Why there is no value, or what is wrong with it; empty where all is well."""
 
 
 def run_program(command: Sequence[str], *, seconds: float = 10) -> Fact:
-    """Run a program and return what it prints.
-
-    Args:
-        command: The program (a name is searched on PATH) and its arguments.
-        seconds: How long it may take.
-
-    Returns:
-        Its stdout, stripped, or why there is none.
-    """
+    """Run a program (a name is searched on PATH) and return its stdout, stripped, or why there is none."""
     program = shutil.which(command[0])
     if program is None:
         return Fact(None, f"{command[0]} not found")
@@ -122,13 +113,7 @@ def call_in_new_process(
     with tempfile.TemporaryDirectory(prefix="proxydet-") as folder:
         result = Path(folder) / "result.json"
         # -B: a check leaves no bytecode in the installation that it checks.
-        command = [
-            sys.executable,
-            "-B",
-            "-c",
-            _START,
-            absolute,
-        ]
+        command = [sys.executable, "-B", "-c", _START, absolute]
         try:
             done = subprocess.run(  # noqa: S603 - a list, no shell, our own function
                 [*command, module, function, json.dumps(arguments), str(result)],

@@ -63,25 +63,18 @@ class Field:
 
     key: str
     """Its name in JSON and in comparisons."""
-
     section: str
     """The heading that it stands under."""
-
     label: str
     """Its name for people; those of detectron2's own report where it has the field."""
-
     value: str | None
     """What was found; None where nothing was."""
-
     problem: str = ""
     """Why there is no value, or what is wrong with it."""
-
     published: str | None = None
     """The value in the published training; None where it was not recorded."""
-
     verdict: Verdict = "not judged"
     """What the difference means."""
-
     reason: str = ""
     """Why it means that."""
 
@@ -98,10 +91,8 @@ class EnvironmentReport:
 
     fields: tuple[Field, ...]
     """All fields, section by section."""
-
     created: str
     """UTC time, ISO 8601."""
-
     quick: bool
     """Whether torch was not asked."""
 
@@ -253,39 +244,28 @@ class _Row:
     """One fact of the report: what a difference from the published value means."""
 
     key: str
-    label: str
+    label: str = ""
+    """Empty: the key."""
     published: str | None = None
-    verdict: Verdict = "not judged"
-    """Of another value; one that is missing cannot change results."""
-
-    reason: str = ""
+    harmless: str = ""
+    """Why another value does no harm; empty where it may."""
+    changes: str = ""
+    """Why another value may change results; one that is missing cannot."""
     oldest: tuple[int, ...] = ()
     """The least version; an older one fails."""
-
     missing: str = ""
     """What to do where it is missing or too old, which fails; empty where that is not judged."""
-
     rule: Rule | None = None
     """Judges instead of the four above."""
 
 
-_ANOTHER_GPU = "another GPU takes other kernels, which add in another order"
+def _loads(package: str, absent: str, damaged: str) -> Rule:
+    def rule(fact: Fact, facts: Facts) -> Judgement:
+        if fact.value is not None:
+            return "same", ""
+        return "will fail", absent if facts[package].value is None else damaged
 
-
-def _torch_import(fact: Fact, facts: Facts) -> Judgement:
-    if fact.value is not None:
-        return "same", ""
-    if facts["torch"].value is None:
-        return "will fail", "nothing runs without torch: reinstall proxydet"
-    return "will fail", "torch is there but damaged, or built for other system libraries"
-
-
-def _torchvision_import(fact: Fact, facts: Facts) -> Judgement:
-    if fact.value is not None:
-        return "same", ""
-    if facts["torchvision"].value is None:
-        return "will fail", "RoIAlign and NMS are torchvision's: reinstall proxydet"
-    return "will fail", "RoIAlign and NMS are its operators: install the torchvision of this torch"
+    return rule
 
 
 def _gpu(fact: Fact, facts: Facts) -> Judgement:
@@ -296,10 +276,8 @@ def _gpu(fact: Fact, facts: Facts) -> Judgement:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
         return "harmless", "CUDA_VISIBLE_DEVICES hides every GPU"
     if facts["driver"].value is None:
-        return (
-            "harmless",
-            "quickstart and prediction run on the CPU; the training recipes need GPUs",
-        )
+        reason = "quickstart and prediction run on the CPU; the training recipes need GPUs"
+        return "harmless", reason
     without = facts["torch.cuda"].value is None
     why = "torch was built without CUDA" if without else "torch cannot use it"
     return "will fail", f"there is a GPU, but {why}: install a torch that this driver supports"
@@ -323,13 +301,12 @@ def _gpu_names(fact: Fact, facts: Facts) -> Judgement:
                 break
         else:
             return "will fail", f"this torch has no code for sm_{arch_number}, only {built}"
-    return "may change results", _ANOTHER_GPU
+    return "may change results", "another GPU takes other kernels, which add in another order"
 
 
 def _gpu_memory(fact: Fact, _facts: Facts) -> Judgement:
     # A card sold as 32 GB shows a little less.
-    least = min(float(part.split()[0]) for part in (fact.value or "0 GiB").split("; "))
-    if least >= 31:
+    if min(float(part.split()[0]) for part in (fact.value or "0 GiB").split("; ")) >= 31:
         return "harmless", "enough for the published batch"
     return "may change results", "the published batch may not fit; another changes results"
 
@@ -349,155 +326,81 @@ def _roi_align(fact: Fact, facts: Facts) -> Judgement:
     if state == "applied":
         return "same", ""
     if state == "original":
-        return (
-            "harmless",
-            "training's mode `published` makes the change at run time; other code: proxydet patch apply",
-        )
+        run_time = "training's mode `published` makes the change at run time"
+        return "harmless", f"{run_time}; other code: proxydet patch apply"
     return "may change results", "run: proxydet patch status"
 
 
 def _dependencies(fact: Fact, _facts: Facts) -> Judgement:
-    if fact.problem.startswith("not installed"):
-        return "will fail", _REINSTALL
-    return "not judged", ""
+    failing = fact.problem.startswith("not installed")
+    return ("will fail", _REINSTALL) if failing else ("not judged", "")
 
 
 _REINSTALL = "reinstall proxydet in this environment"
-_DETECTRON2_NEEDS = "detectron2 needs it: reinstall proxydet in this environment"
-_NOT_COMPILED: Judgement = ("harmless", "nothing is compiled for proxydet")
+_DETECTRON2_NEEDS = f"detectron2 needs it: {_REINSTALL}"
+_NOT_COMPILED = "nothing is compiled for proxydet"
+_PYTHON = "3.8.10 (default, Jun 22 2022, 20:18:18) [GCC 9.4.0]"
 _V100S = "GPU 0,1,2,3,4,5,6,7: Tesla V100-SXM2-32GB (arch=7.0)"
-_PUBLISHED_PYTHON = "3.8.10 (default, Jun 22 2022, 20:18:18) [GCC 9.4.0]"
 _PUBLISHED_BUILD = """\
 GCC 7.3; C++ 201402; MKL 2020.0.0; MKL-DNN 2.5.2; OpenMP 4.5; LAPACK; NNPACK; AVX2; CUDA Runtime 11.3; \
 architectures 3.7, 5.0, 6.0, 7.0, 7.5, 8.0, 8.6; CuDNN 8.2; Magma 2.5.2"""
 
-_TABLE: dict[str, tuple[_Row, ...]] = {
-    "Published environment's fields": (
-        _Row(
-            "platform",
-            "sys.platform",
-            "linux",
-            "may change results",
-            "training on several GPUs needs NCCL, which is on Linux only",
-        ),
-        _Row(
-            "python",
-            "Python",
-            _PUBLISHED_PYTHON,
-            "harmless",
-            "no number depends on it",
-            (3, 10),
-            "use another Python",
-        ),
-        _Row(
-            "numpy",
-            "numpy",
-            "1.23.2",
-            "harmless",
-            "its seeded random stream is the same in all versions (NEP 19)",
-            (1, 26),
-            _REINSTALL,
-        ),
-        _Row(
-            "detectron2",
-            "detectron2",
-            "0.6",
-            "may change results",
-            "a later detectron2 than the published",
-            (0, 6),
-            "run: proxydet setup",
-        ),
-        _Row(
-            "detectron2._C",
-            "detectron2._C",
-            "built",
-            "harmless",
-            "none of its compiled operators is used here",
-        ),
-        _Row("compiler", "Compiler", "GCC 9.4", *_NOT_COMPILED),
-        _Row("cuda.compiler", "CUDA compiler", "CUDA 11.3", *_NOT_COMPILED),
-        _Row("detectron2.arch", "detectron2 arch flags", "7.0", *_NOT_COMPILED),
-        _Row(
-            "DETECTRON2_ENV_MODULE",
-            "DETECTRON2_ENV_MODULE",
-            "<not set>",
-            "may change results",
-            "detectron2 runs that module of yours when it starts",
-        ),
-        _Row(
-            "torch",
-            "PyTorch",
-            "1.11.0+cu113",
-            "may change results",
-            "kernels and the order of sums differ between versions",
-            (2, 6),
-            _REINSTALL,
-        ),
-        _Row("torch.debug", "PyTorch debug build", "False", "harmless", "only slower"),
+_NO_NUMBER = "no number depends on it"
+_LATER = "a later detectron2 than the published"
+_OWN_MODULE = "detectron2 runs that module of yours when it starts"
+_NMS = "RoIAlign and NMS are its operators"
+_ARCHITECTURES = "3.5, 5.0, 6.0, 7.0, 7.5, 8.0, 8.6"
+_SAME_ON_EACH = "it computes the same on each"
+_ONLY_FILES = "it only reads and writes files here"
+_NCCL = "training on several GPUs needs NCCL, which is on Linux only"
+_SEEDED = "its seeded random stream is the same in all versions (NEP 19)"
+_DECODED = "41 photographs decoded and resized alike, byte for byte, by 9.2.0 and 13.0"
+_KERNELS = "kernels and the order of sums differ between versions"
+_SPREAD = "the published batch is spread over 8 GPUs, each drawing its own images"
+_TORCH = _loads(
+    "torch",
+    "nothing runs without torch: reinstall proxydet",
+    "torch is there but damaged, or built for other system libraries",
+)
+_TORCHVISION = _loads(
+    "torchvision",
+    "RoIAlign and NMS are torchvision's: reinstall proxydet",
+    "RoIAlign and NMS are its operators: install the torchvision of this torch",
+)
+
+_TABLE: dict[str, list[_Row]] = {
+    "Published environment's fields": [
+        _Row("platform", "sys.platform", "linux", changes=_NCCL),
+        _Row("python", "Python", _PYTHON, _NO_NUMBER, oldest=(3, 10), missing="use another Python"),
+        _Row("numpy", "", "1.23.2", _SEEDED, oldest=(1, 26), missing=_REINSTALL),
+        _Row("detectron2", "", "0.6", changes=_LATER, oldest=(0, 6), missing="run: proxydet setup"),
+        _Row("detectron2._C", "", "built", "none of its compiled operators is used here"),
+        _Row("compiler", "Compiler", "GCC 9.4", _NOT_COMPILED),
+        _Row("cuda.compiler", "CUDA compiler", "CUDA 11.3", _NOT_COMPILED),
+        _Row("detectron2.arch", "detectron2 arch flags", "7.0", _NOT_COMPILED),
+        _Row("DETECTRON2_ENV_MODULE", "", "<not set>", changes=_OWN_MODULE),
+        _Row("torch", "PyTorch", "1.11.0+cu113", "", _KERNELS, oldest=(2, 6), missing=_REINSTALL),
+        _Row("torch.debug", "PyTorch debug build", "False", "only slower"),
         _Row("gpu.available", "GPU available", "Yes", rule=_gpu),
         _Row("gpu.names", "GPU", _V100S, rule=_gpu_names),
         _Row("driver", "Driver version", "515.48.07", rule=_driver),
-        _Row("cuda.home", "CUDA_HOME", "/usr/local/cuda", *_NOT_COMPILED),
-        _Row("TORCH_CUDA_ARCH_LIST", "TORCH_CUDA_ARCH_LIST", "<not set>", *_NOT_COMPILED),
-        _Row(
-            "Pillow",
-            "Pillow",
-            "9.2.0",
-            "harmless",
-            "41 photographs decoded and resized alike, byte for byte, by 9.2.0 and 13.0",
-            (10, 3),
-            _REINSTALL,
-        ),
-        _Row(
-            "torchvision",
-            "torchvision",
-            "0.12.0+cu113",
-            "may change results",
-            "RoIAlign and NMS are its operators",
-            (0, 21),
-            _REINSTALL,
-        ),
-        _Row(
-            "torchvision.arch",
-            "torchvision arch flags",
-            "3.5, 5.0, 6.0, 7.0, 7.5, 8.0, 8.6",
-            "harmless",
-            "it computes the same on each",
-        ),
-        _Row(
-            "fvcore",
-            "fvcore",
-            "0.1.5.post20220512",
-            "harmless",
-            "it only reads and writes files here",
-            missing=_DETECTRON2_NEEDS,
-        ),
-        _Row(
-            "iopath",
-            "iopath",
-            "0.1.9",
-            "harmless",
-            "it only opens files here",
-            missing=_DETECTRON2_NEEDS,
-        ),
-        _Row("cv2", "cv2", "4.6.0", "harmless", "training and evaluation do not use it"),
-    ),
-    "What else matters": (
-        _Row("torch.import", "PyTorch loads", "works", rule=_torch_import),
-        _Row("torchvision.import", "torchvision loads", "works", rule=_torchvision_import),
+        _Row("cuda.home", "CUDA_HOME", "/usr/local/cuda", _NOT_COMPILED),
+        _Row("TORCH_CUDA_ARCH_LIST", "", "<not set>", _NOT_COMPILED),
+        _Row("Pillow", "", "9.2.0", _DECODED, oldest=(10, 3), missing=_REINSTALL),
+        _Row("torchvision", "", "0.12.0+cu113", "", _NMS, oldest=(0, 21), missing=_REINSTALL),
+        _Row("torchvision.arch", "torchvision arch flags", _ARCHITECTURES, _SAME_ON_EACH),
+        _Row("fvcore", "", "0.1.5.post20220512", _ONLY_FILES, missing=_DETECTRON2_NEEDS),
+        _Row("iopath", "", "0.1.9", _ONLY_FILES, missing=_DETECTRON2_NEEDS),
+        _Row("cv2", "", "4.6.0", "training and evaluation do not use it"),
+    ],
+    "What else matters": [
+        _Row("torch.import", "PyTorch loads", "works", rule=_TORCH),
+        _Row("torchvision.import", "torchvision loads", "works", rule=_TORCHVISION),
         _Row("roi_align", "roi_align change", "applied by hand to detectron2", rule=_roi_align),
-        _Row(
-            "torch.cuda", "CUDA of PyTorch", "11.3", "may change results", "its libraries compute"
-        ),
-        _Row("cudnn", "cuDNN", "8.2.0", "may change results", "its convolutions compute"),
+        _Row("torch.cuda", "CUDA of PyTorch", "11.3", changes="its libraries compute"),
+        _Row("cudnn", "cuDNN", "8.2.0", changes="its convolutions compute"),
         _Row("nccl", "NCCL"),
-        _Row(
-            "gpu.count",
-            "GPUs",
-            "8",
-            "may change results",
-            "the published batch is spread over 8 GPUs, each drawing its own images",
-        ),
+        _Row("gpu.count", "GPUs", "8", changes=_SPREAD),
         _Row("gpu.memory", "GPU memory", "32 GB each", rule=_gpu_memory),
         _Row("gpu.tf32", "TF32 convolutions", "not on these GPUs", rule=_tf32),
         _Row("gpu.bf16", "GPU units for bf16"),
@@ -513,61 +416,56 @@ _TABLE: dict[str, tuple[_Row, ...]] = {
         _Row("container", "Container"),
         _Row("scheduler", "Scheduler"),
         _Row("variables", "Variables"),
-        _Row("proxydet", "proxydet"),
+        _Row("proxydet"),
         _Row("dependencies", "Dependencies", rule=_dependencies),
-    ),
-    "PyTorch built with": (_Row("torch.built_with", "PyTorch built with", _PUBLISHED_BUILD),),
+    ],
+    "PyTorch built with": [_Row("torch.built_with", "PyTorch built with", _PUBLISHED_BUILD)],
 }
 
 
 def judged_fields(facts: Facts) -> tuple[Field, ...]:
-    """Compare the facts with the published values and judge the differences.
-
-    Args:
-        facts: What was found; fields without a fact are left out.
-
-    Returns:
-        The report's fields, in its order.
-    """
+    """Compare the facts with the published values and judge the differences; fields without a fact are left out."""
     # Rules read other facts too, and those may be missing: a report never fails itself.
     known = defaultdict(lambda: Fact(None), facts)
-    return tuple(
-        _field(section, row, known)
-        for section, rows in _TABLE.items()
-        for row in rows
-        if row.key in facts
-    )
-
-
-def _field(section: str, row: _Row, facts: Facts) -> Field:
-    fact = facts[row.key]
-    verdict, reason = row.verdict, row.reason
-    if fact.problem == NOT_ASKED:
-        verdict, reason = "not judged", ""
-    elif row.rule is not None:
-        verdict, reason = row.rule(fact, facts)
-    elif fact.value is None:
-        if row.missing:
+    fields = []
+    for section, row in ((section, row) for section, rows in _TABLE.items() for row in rows):
+        if row.key not in facts:
+            continue
+        fact = facts[row.key]
+        verdict: Verdict = "not judged"
+        reason = row.harmless or row.changes
+        if fact.problem == NOT_ASKED:
+            reason = ""
+        elif row.rule is not None:
+            verdict, reason = row.rule(fact, known)
+        elif fact.value is None and row.missing:
             verdict, reason = "will fail", row.missing
-        elif verdict == "may change results":
-            verdict, reason = "not judged", ""
-    elif row.oldest and numbers(fact.value) < row.oldest:
-        least = ".".join(map(str, row.oldest))
-        verdict, reason = "will fail", f"{least} or later is needed; {row.missing}"
-    # What cannot work here fails even where it is what the published training had.
-    value = None if fact.value is None or fact.problem else fact.value.split(" @")[0]
-    if verdict != "will fail" and value is not None and value == row.published:
-        verdict, reason = "same", ""
-    return Field(
-        key=row.key,
-        section=section,
-        label=row.label,
-        value=fact.value,
-        problem=fact.problem,
-        published=row.published,
-        verdict=verdict,
-        reason=reason,
-    )
+        elif fact.value is not None and row.oldest and numbers(fact.value) < row.oldest:
+            least = ".".join(map(str, row.oldest))
+            verdict, reason = "will fail", f"{least} or later is needed; {row.missing}"
+        elif row.harmless:
+            verdict = "harmless"
+        elif row.changes and fact.value is not None:
+            verdict = "may change results"
+        else:
+            reason = ""
+        # What cannot work here fails even where it is what the published training had.
+        value = None if fact.value is None or fact.problem else fact.value.split(" @")[0]
+        if verdict != "will fail" and value is not None and value == row.published:
+            verdict, reason = "same", ""
+        fields.append(
+            Field(
+                key=row.key,
+                section=section,
+                label=row.label or row.key,
+                value=fact.value,
+                problem=fact.problem,
+                published=row.published,
+                verdict=verdict,
+                reason=reason,
+            )
+        )
+    return tuple(fields)
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -591,11 +489,7 @@ _OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580,)}
 
 
 def driver_facts() -> Facts:
-    """Ask nvidia-smi for the driver, the GPUs and their topology.
-
-    Returns:
-        ``driver`` and ``gpu.topology`` always; ``gpu.names``, ``gpu.count`` and ``gpu.memory`` where it lists GPUs.
-    """
+    """Ask nvidia-smi for the driver, the GPUs (no facts of them where it lists none) and their topology."""
     listed = Fact(None)
     for query in _QUERIES:
         listed = run_program(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
@@ -625,11 +519,7 @@ def driver_facts() -> Facts:
 def judged_driver(facts: Facts) -> Fact:
     """Add to the driver that it is too old for the CUDA which torch was built with, where it is.
 
-    Args:
-        facts: ``driver``, and ``torch.cuda`` and ``gpu.available`` where they are known.
-
-    Returns:
-        The driver. A GPU that torch can use makes it good enough: NVIDIA's compatibility package lets old ones serve.
+    A GPU that torch can use makes it good enough: NVIDIA's compatibility package lets old ones serve.
     """
     driver, cuda = facts["driver"], facts.get("torch.cuda", Fact(None))
     works = facts.get("gpu.available", Fact(None)).value == "Yes"
@@ -643,21 +533,15 @@ def judged_driver(facts: Facts) -> Fact:
 
 
 def tool_facts() -> Facts:
-    """Collect facts about compilers, the CUDA toolkit and compiled architectures; needs no torch.
-
-    Returns:
-        Facts by key.
-    """
+    """Collect facts about compilers, the CUDA toolkit and compiled architectures; needs no torch."""
     # The toolkit: $CUDA_HOME, else where nvcc is, else /usr/local/cuda.
-    home = next(
-        (Path(os.environ[v]) for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)), None
-    )
-    if home is None:
-        on_path, default = shutil.which("nvcc"), Path("/usr/local/cuda")
-        if on_path is not None:
-            home = Path(on_path).resolve().parent.parent
-        elif default.is_dir():
-            home = default
+    home = None
+    if named := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        home = Path(named)
+    elif on_path := shutil.which("nvcc"):
+        home = Path(on_path).resolve().parent.parent
+    elif Path("/usr/local/cuda").is_dir():
+        home = Path("/usr/local/cuda")
     nvcc = run_program([str(home / "bin" / "nvcc") if home else "nvcc", "-V"])
     if nvcc.value is not None:
         release = re.search(r"release (\S+?),", nvcc.value)
@@ -694,47 +578,27 @@ def _arch_flags(package: str, home: Path | None) -> Fact:
 
 # ---- probes: packages ------------------------------------------------------------------------------------------------
 
-_PACKAGES = {
-    "numpy": ("numpy", ("numpy",)),
-    "Pillow": ("PIL", ("pillow",)),
-    "fvcore": ("fvcore", ("fvcore",)),
-    "iopath": ("iopath", ("iopath",)),
-    "cv2": (
-        "cv2",
-        (
-            "opencv-python-headless",
-            "opencv-python",
-            "opencv-contrib-python-headless",
-            "opencv-contrib-python",
-        ),
-    ),
-}
-"""By fact: the name to import, and the packages that bring it."""
+_OPENCV = ("opencv-python", "opencv-contrib-python")
+"""Distributions that bring ``cv2``, each also with ``-headless`` behind."""
 
 
 def package_facts() -> Facts:
-    """Collect versions and folders of the packages that matter, and the state of the installed RoIAlign.
-
-    Returns:
-        Facts by key.
-    """
+    """Collect versions and folders of the packages that matter, and the state of the installed RoIAlign."""
     package = Path(proxydet.__file__).parent
     revision = commit_of(package)
     facts: Facts = {
         "python": Fact(sys.version.replace("\n", "")),
         "proxydet": Fact(f"{__version__} @{package}" + (f", {revision}" if revision else "")),
     }
-    for key, (module, names) in _PACKAGES.items():
-        if package_folder(module) is None:
-            facts[key] = Fact(None, "not installed")
-            continue
+    for key in ("numpy", "Pillow", "fvcore", "iopath", "cv2", "torch", "torchvision", "detectron2"):
+        facts[key] = installed_version("PIL" if key == "Pillow" else key)
+    for key in ("numpy", "Pillow", "fvcore", "iopath", "cv2"):
+        names = [f"{n}{h}" for n in _OPENCV for h in ("-headless", "")] if key == "cv2" else [key]
         found = {name: version for name in names if (version := distribution_version(name))}
-        listed = ", ".join(f"{name} {version}" for name, version in found.items())
-        problem = f"several packages write the same files: {listed}" if len(found) > 1 else ""
-        first = next(iter(found.values()), None)
-        facts[key] = installed_version(module) if first is None else Fact(first, problem)
-    for key in ("torch", "torchvision", "detectron2"):
-        facts[key] = installed_version(key)
+        if found and facts[key].value is not None:
+            listed = ", ".join(f"{name} {version}" for name, version in found.items())
+            problem = f"several packages write the same files: {listed}" if len(found) > 1 else ""
+            facts[key] = Fact(next(iter(found.values())), problem)
 
     # What torch's version file states is known even where torch does not load.
     folder = package_folder("torch")
@@ -788,13 +652,9 @@ def _dependencies_fact() -> Fact:
 
 
 def installed_version(name: str) -> Fact:
-    """Return version and folder of a package from its files: ``"2.15.0+cu132 @/.../torch"``.
+    """Return version and folder of a package, by its name on import: ``"2.15.0+cu132 @/.../torch"``.
 
-    Args:
-        name: The name under which it is imported.
-
-    Returns:
-        The version that its ``version.py`` or ``__init__.py`` states, else that of its metadata.
+    The version is what its ``version.py`` or ``__init__.py`` states, else that of its metadata.
     """
     folder = package_folder(name)
     if folder is None:
@@ -825,14 +685,7 @@ def _constants(file: Path) -> dict[str, object]:
 
 
 def commit_of(folder: Path) -> str | None:
-    """Return the commit of the source tree that holds a folder.
-
-    Args:
-        folder: A folder.
-
-    Returns:
-        ``commit 1a2b3c…``, with ``and uncommitted changes`` where there are some; None outside a source tree.
-    """
+    """Return the commit of the source tree that holds a folder, and whether there are changes; None outside of one."""
     if "site-packages" in folder.parts or "dist-packages" in folder.parts:
         return None
     head = run_program(["git", "-C", str(folder), "rev-parse", "HEAD"])
@@ -879,9 +732,6 @@ def machine_facts(data_root: Path, root: Path = Path("/")) -> Facts:
     Args:
         data_root: The folder of the data sets, or one above it: whose disk is measured.
         root: The root of the file system (tests use another).
-
-    Returns:
-        Facts by key.
     """
 
     def read(name: str) -> str:

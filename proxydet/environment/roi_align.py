@@ -47,13 +47,10 @@ class RoiGeometry:
 
     output_size: tuple[int, int]
     """Bins a box: rows, columns."""
-
     spatial_scale: float
     """Feature cells a pixel: 1 / stride."""
-
     sampling_ratio: int
     """Samples a bin along each axis; 0 takes as many as the bin covers cells."""
-
     aligned: bool
     """Whether pixel centers lie at half-integer coordinates (detectron2's ``ROIAlignV2``)."""
 
@@ -98,13 +95,7 @@ def published_roi_align(features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGe
 def strict_roi_align(features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGeometry) -> Tensor:
     """RoIAlign with the values of torchvision's kernel and a backward pass that is repeatable bit for bit.
 
-    Args:
-        features_NCHW: Any float dtype.
-        boxes_K5: Image index, then x1, y1, x2, y2 in pixels.
-        geometry: Bins, scale and sampling.
-
-    Returns:
-        Pooled features (K, C, P, Q) in the dtype of the features.
+    Arguments and result as of `published_roi_align`; features of any float dtype.
     """
     # On a CPU torchvision's backward kernel is one serial loop: its order is fixed as it is.
     backward = kernel_backward if features_NCHW.device.type == "cpu" else separable_backward
@@ -114,16 +105,9 @@ def strict_roi_align(features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGeome
 def roi_align(
     features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGeometry, backward: Backward
 ) -> Tensor:
-    """RoIAlign by torchvision's kernel, with a backward pass of choice.
+    """RoIAlign by torchvision's kernel, with a backward pass of choice: `kernel_backward` or `separable_backward`.
 
-    Args:
-        features_NCHW: Float32 or float64 on the CPU, also half on a GPU.
-        boxes_K5: Image index, then x1, y1, x2, y2 in pixels; of the same dtype.
-        geometry: Bins, scale and sampling.
-        backward: `kernel_backward` or `separable_backward`.
-
-    Returns:
-        Pooled features (K, C, P, Q).
+    Features and boxes have one dtype: float32 or float64 on the CPU, also half on a GPU.
     """
     pooled_KCPQ: Tensor = _RoiAlign.apply(features_NCHW, boxes_K5, geometry, backward, None)
     return pooled_KCPQ
@@ -143,14 +127,10 @@ class _RoiAlign(torch.autograd.Function):
         ctx.shape, ctx.geometry, ctx.pass_back = tuple(features_NCHW.shape), geometry, backward
         ctx.dtype, ctx.rounds = features_NCHW.dtype, rounded_NCHW is not None
         rows, columns = geometry.output_size
+        maps_NCHW = features_NCHW if rounded_NCHW is None else rounded_NCHW
+        scale, ratio, aligned = geometry.spatial_scale, geometry.sampling_ratio, geometry.aligned
         pooled: Tensor = torch.ops.torchvision.roi_align(
-            features_NCHW if rounded_NCHW is None else rounded_NCHW,
-            boxes_K5,
-            geometry.spatial_scale,
-            rows,
-            columns,
-            geometry.sampling_ratio,
-            geometry.aligned,
+            maps_NCHW, boxes_K5, scale, rows, columns, ratio, aligned
         )
         return pooled.to(features_NCHW.dtype)
 
@@ -184,15 +164,9 @@ def kernel_backward(
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
+        scale, ratio, aligned = geometry.spatial_scale, geometry.sampling_ratio, geometry.aligned
         grad_NCHW: Tensor = torch.ops.torchvision._roi_align_backward(
-            grad_KCPQ,
-            boxes_K5,
-            geometry.spatial_scale,
-            rows,
-            columns,
-            *shape,
-            geometry.sampling_ratio,
-            geometry.aligned,
+            grad_KCPQ, boxes_K5, scale, rows, columns, *shape, ratio, aligned
         )
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
@@ -208,14 +182,8 @@ def separable_backward(
     the other: besides its result, the interpolation matrices and two copies of a piece's gradient it takes at most
     128 MiB.
 
-    Args:
-        grad_KCPQ: Gradient of the pooled features; half and bfloat16 are added up in float32.
-        boxes_K5: The boxes of the forward pass; one that is not finite gets no gradient.
-        shape: (N, C, H, W) of the features.
-        geometry: Bins, scale and sampling.
-
-    Returns:
-        Gradient of the features (N, C, H, W) in the dtype of ``grad_KCPQ``.
+    Arguments and result as of `kernel_backward`. Half and bfloat16 are added up in float32; a box that is not finite
+    gets no gradient.
     """
     images, channels, height, width = shape
     dtype = torch.float64 if grad_KCPQ.dtype == torch.float64 else torch.float32
@@ -229,13 +197,9 @@ def separable_backward(
     for image, members in enumerate(by_image):
         for some in torch.split(members, piece) if counts[image] else ():
             grad_kPCQ = grad_KCPQ[some].to(dtype).transpose(1, 2)
-            boxes, rows, _, columns = grad_kPCQ.shape
-            widened = torch.bmm(
-                grad_kPCQ.reshape(boxes, rows * channels, columns), along_x_KQW[some]
-            )
-            by_row = along_y_KPH[some].reshape(boxes * rows, height).T @ widened.reshape(
-                boxes * rows, channels * width
-            )
+            widened = torch.bmm(grad_kPCQ.flatten(1, 2), along_x_KQW[some])
+            along_y_RH = along_y_KPH[some].flatten(0, 1)
+            by_row = along_y_RH.T @ widened.reshape(len(along_y_RH), channels * width)
             grad_NCHW[image] += by_row.reshape(height, channels, width).transpose(0, 1)
     return grad_NCHW.to(grad_KCPQ.dtype)
 
@@ -243,15 +207,9 @@ def separable_backward(
 def interpolation_matrices(
     boxes_K4: Tensor, size: tuple[int, int], geometry: RoiGeometry
 ) -> tuple[Tensor, Tensor]:
-    """Weights with which feature cells enter the bins of each box, one matrix an axis.
+    """Return the weights with which feature cells enter the bins of each box: along y (K, P, H), along x (K, Q, W).
 
-    Args:
-        boxes_K4: x1, y1, x2, y2 in pixels; float32 or float64.
-        size: (H, W) of the feature map.
-        geometry: Bins, scale and sampling.
-
-    Returns:
-        ``along_y`` (K, P, H) and ``along_x`` (K, Q, W).
+    Boxes are xyxy in pixels, float32 or float64; ``size`` is (H, W) of the feature map.
     """
     corners_K4 = boxes_K4 * geometry.spatial_scale - (0.5 if geometry.aligned else 0.0)
     rows, columns = geometry.output_size
@@ -304,18 +262,11 @@ def use_operator(mode: Literal["published", "strict"]) -> None:
     ROIAlign.forward = forward
 
 
-def is_replaced() -> bool:
-    """Whether an operator of the reproducibility modes is in detectron2's place."""
+def operator_in_use() -> Callable[[Tensor, Tensor, RoiGeometry], Tensor] | None:
+    """Return the operator of the reproducibility modes that is in detectron2's place; None where there is none."""
     from detectron2.layers import ROIAlign
 
-    return hasattr(ROIAlign.forward, "operator")
-
-
-def is_rounded() -> bool:
-    """Whether the published operator, which rounds to half precision, is in detectron2's place."""
-    from detectron2.layers import ROIAlign
-
-    return getattr(ROIAlign.forward, "operator", None) is published_roi_align
+    return getattr(ROIAlign.forward, "operator", None)
 
 
 # --- As a sparse product, on a CPU ----------------------------------------------------------------------------------------
@@ -337,12 +288,9 @@ class _SparseRows:
 
     def times(self, values: Tensor) -> Tensor:
         """Multiply with a dense matrix."""
+        weights_E = self.weights_E
         product: Tensor = embedding_bag(
-            self.columns_E,
-            values,
-            self.starts_R,
-            mode="sum",
-            per_sample_weights=self.weights_E,
+            self.columns_E, values, self.starts_R, mode="sum", per_sample_weights=weights_E
         )
         return product
 
@@ -426,11 +374,7 @@ class _AlignRegions(torch.autograd.Function):
 
 @np.errstate(over="ignore", invalid="ignore")  # of boxes near the largest float
 def _matrix(
-    rois_N5: Tensor,
-    level_N: Tensor,
-    batch: int,
-    sizes: list[tuple[int, int]],
-    grid: RegionGrid,
+    rois_N5: Tensor, level_N: Tensor, batch: int, sizes: list[tuple[int, int]], grid: RegionGrid
 ) -> _SparseRows:
     """Build the matrix; its rows follow the regions.
 
@@ -531,8 +475,7 @@ def _axis_terms(
     # Add up what falls on the same cell.
     first = low[..., :1]
     slot = np.clip(both - first[..., None], 0, most).reshape(shape)
-    merged = torch.zeros(*shape[:3], most + 1, dtype=torch.from_numpy(weights).dtype)
-    merged.scatter_add_(
-        3, torch.from_numpy(slot.astype(np.int64)), torch.from_numpy(weights.reshape(shape))
-    )
+    values = torch.from_numpy(weights.reshape(shape))
+    merged = values.new_zeros((*shape[:3], most + 1))
+    merged.scatter_add_(3, torch.from_numpy(slot.astype(np.int64)), values)
     return np.minimum(first + np.arange(most + 1, dtype=np.int32), last), merged.numpy()

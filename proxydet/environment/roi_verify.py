@@ -37,28 +37,20 @@ class RoiAlignReport:
 
     verdict: Verdict
     """``active``: the published change; ``not active``: detectron2's own operator; ``altered``: neither."""
-
     file: Path
     """The source file of the operator that ran."""
-
     file_state: str
     """What that file holds: ``original``, ``applied``, ``half``, ``altered`` or ``missing``."""
-
     device: str
     """Where it ran: ``cpu`` or the GPU's name."""
-
     versions: dict[str, str]
     """torch, torchvision and detectron2."""
-
     figures: dict[str, float]
     """Largest absolute differences of values and gradient from the published and from the plain computation."""
-
     between_the_two: float
     """Largest absolute difference between the two computations: how far apart they are."""
-
     repeats: dict[str, int] | None = None
     """On a GPU: backward passes, gradient elements, and elements that were not always the same."""
-
     notes: tuple[str, ...] = ()
     """Why the verdict is another than the file's content suggests."""
 

@@ -95,16 +95,12 @@ class Difference:
 
     key: str
     """Where: ``configuration.seed``, ``digests.vocabulary``, ``environment.cudnn``."""
-
     first: str
     """Its value in the first run."""
-
     second: str
     """Its value in the second run."""
-
     suspicion: Suspicion
     """How much it explains."""
-
     reason: str
     """Why."""
 
@@ -115,13 +111,10 @@ class RunComparison:
 
     differences: tuple[Difference, ...]
     """The likeliest causes first."""
-
     first_divergence: int | None
     """Iteration of the first record whose losses differ; None where none does."""
-
     compared_records: int
     """Records of losses that both runs have."""
-
     conclusion: str
     """What to suspect, one or two sentences."""
 
@@ -140,12 +133,9 @@ def compare_runs(first: Path, second: Path) -> RunComparison:
         InputError: A folder does not hold the records of a run.
     """
     (manifest, report), (other_manifest, other_report) = map(read_run_records, (first, second))
-    found = [
-        *_manifest_differences(manifest, other_manifest),
-        *_environment_differences(
-            report, other_report, same_mode=manifest.mode == other_manifest.mode
-        ),
-    ]
+    found = list(_manifest_differences(manifest, other_manifest))
+    same_mode = manifest.mode == other_manifest.mode
+    found += _environment_differences(report, other_report, same_mode=same_mode)
     ranked = tuple(sorted(found, key=lambda d: RANKS.index(d.suspicion)))
     losses, other_losses = (_losses(folder_of(run)) for run in (first, second))
     common = sorted(losses.keys() & other_losses.keys())
@@ -165,12 +155,10 @@ def compare_runs(first: Path, second: Path) -> RunComparison:
         if suspects:
             conclusion += suspects
         elif {manifest.mode, other_manifest.mode} == {"strict"}:
-            conclusion += (
-                "Nothing recorded explains a difference: in mode strict that is a bug to report."
-            )
+            conclusion += "Nothing recorded explains it: in mode strict that is a bug to report."
         else:
             conclusion += (
-                "Nothing recorded explains a difference; outside mode strict, sums in changing order do: "
+                "Nothing recorded explains it; outside mode strict, sums in changing order do: "
                 "run: proxydet verify determinism"
             )
     elif common:
@@ -192,16 +180,13 @@ def compare_runs(first: Path, second: Path) -> RunComparison:
 
 def _manifest_differences(first: RunManifest, second: RunManifest) -> Iterator[Difference]:
     evaluations = first.kind == second.kind == "evaluation"
+    run = dict(_RUN)
     source = first.git.get("proxydet.source")
-    same_code = source is not None and source == second.git.get("proxydet.source")
-    code: Suspect = (
-        ("harmless", "the files of the package are the same") if same_code else _RUN["proxydet"]
-    )
-    seed: Suspect = (
-        _INTERVALS if evaluations else ("decides results", "every random number derives from it")
-    )
-    run = {**_RUN, "proxydet": code}
+    if source is not None and source == second.git.get("proxydet.source"):
+        run["proxydet"] = "harmless", "the files of the package are the same"
+    seed: Suspect = "decides results", "every random number derives from it"
     if evaluations:
+        seed = _INTERVALS
         run["world_size"] = "harmless", "results are the same for any number of processes"
 
     def of_setting(key: str) -> Suspect:
@@ -212,7 +197,7 @@ def _manifest_differences(first: RunManifest, second: RunManifest) -> Iterator[D
 
     def of_source(key: str) -> Suspect:
         if key.startswith("proxydet."):
-            return code
+            return run["proxydet"]
         return "unlikely", "the working folder's own code, where a run uses it"
 
     def settings(manifest: RunManifest) -> dict[str, object]:
@@ -220,17 +205,15 @@ def _manifest_differences(first: RunManifest, second: RunManifest) -> Iterator[D
         flat = _flat(manifest.configuration)
         return {key: value for key, value in flat.items() if key not in hidden}
 
-    def of_digest(_key: str) -> Suspect:
-        return "decides results", "it is another input"
-
     def of_package(key: str) -> Suspect:
         # Those that compute are fields of the environment, too.
         return _ENVIRONMENT.get("Pillow" if key == "pillow" else key, _ELSEWHERE)
 
-    yield from _compare("digests", first.digests, second.digests, of_digest)
+    another: Suspect = "decides results", "it is another input"
+    yield from _compare("digests", first.digests, second.digests, lambda _: another)
     yield from _compare("seeds", first.seeds, second.seeds, lambda _: seed)
-    own = [{key: getattr(manifest, key) for key in run} for manifest in (first, second)]
-    yield from _compare("", own[0], own[1], lambda key: run[key])
+    own, other = ({key: getattr(side, key) for key in run} for side in (first, second))
+    yield from _compare("", own, other, run.__getitem__)
     yield from _compare("configuration", settings(first), settings(second), of_setting)
     yield from _compare("git", first.git, second.git, of_source)
     yield from _compare("packages", first.packages, second.packages, of_package)
@@ -266,16 +249,11 @@ def _compare(
     judge: Callable[[str], Suspect],
 ) -> Iterator[Difference]:
     for key in sorted({*first, *second}):
-        values = [str(side.get(key, "(absent)")) for side in (first, second)]
-        if values[0] != values[1]:
+        one, other = (str(side.get(key, "(absent)")) for side in (first, second))
+        if one != other:
             suspicion, reason = judge(key)
-            yield Difference(
-                key=f"{prefix}.{key}" if prefix else key,
-                first=values[0],
-                second=values[1],
-                suspicion=suspicion,
-                reason=reason,
-            )
+            name = f"{prefix}.{key}" if prefix else key
+            yield Difference(key=name, first=one, second=other, suspicion=suspicion, reason=reason)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

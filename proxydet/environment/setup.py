@@ -48,22 +48,16 @@ class SetupReport:
 
     action: Literal["found", "installed", "would install"]
     """Whether detectron2 was there, was installed now, or would be without ``dry_run``."""
-
     python: str
     """The interpreter whose environment this is about."""
-
     torch: str
     """Version of torch."""
-
     torchvision: str
     """Version of torchvision, found to fit that torch by running one of its operators."""
-
     detectron2: str
     """Version of detectron2."""
-
     folder: str | None
     """Its package folder; None where it is not installed yet."""
-
     operators: str | None
     """Its compiled part: ``compiled``, ``absent`` (not needed) or ``broken`` (not needed); None as above."""
 
@@ -95,19 +89,11 @@ def set_up(*, dry_run: bool = False, progress: Progress = SILENT) -> SetupReport
     if action == "installed":
         with progress.task(f"installing detectron2 {RELEASE}, pure Python"):
             _install(uv, site_packages)
-    found: dict[str, Any] = {"version": RELEASE, "folder": None, "operators": None}
+    found: dict[str, Any] = {"detectron2": RELEASE, "folder": None, "operators": None}
     if action != "would install":
         with progress.task("checking detectron2"):
             found = _checked_detectron2(action)
-    return SetupReport(
-        action=action,
-        python=sys.executable,
-        torch=libraries["torch"],
-        torchvision=libraries["torchvision"],
-        detectron2=found["version"],
-        folder=found["folder"],
-        operators=found["operators"],
-    )
+    return SetupReport(action=action, python=sys.executable, **libraries, **found)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -154,17 +140,12 @@ def check_torch() -> dict[str, str]:
 
     Returns:
         The versions of both.
-
-    Raises:
-        RuntimeError: The operator gives a wrong result.
     """
     import torch
     import torchvision
     from torchvision.ops import nms
 
-    boxes_N4 = torch.tensor(
-        [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0], [20.0, 20.0, 30.0, 30.0]]
-    )
+    boxes_N4 = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]])
     kept = nms(boxes_N4, torch.tensor([0.5, 0.9, 0.7]), 0.5).tolist()
     _expect("nms", kept, [1, 2])
     return {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
@@ -175,9 +156,6 @@ def check_detectron2() -> dict[str, Any]:
 
     Returns:
         Version, folder and state of the compiled operators of the installation that is in use.
-
-    Raises:
-        RuntimeError: A result is wrong.
     """
     import proxydet.environment.d2 as d2
 
@@ -195,10 +173,9 @@ def check_detectron2() -> dict[str, Any]:
     half = Boxes(torch.tensor([[0.0, 0.0, 2.0, 1.0]]))
     _expect("pairwise_iou", pairwise_iou(square, half).item(), 0.5)
 
+    common = {"in_channels": 4, "norm": ""}
     stages = [
-        ResNet.make_stage(
-            BasicBlock, 1, stride_per_block=[stride], in_channels=4, out_channels=width, norm=""
-        )
+        ResNet.make_stage(BasicBlock, 1, stride_per_block=[stride], out_channels=width, **common)
         for stride, width in ((1, 4), (2, 8))
     ]
     bottom = ResNet(BasicStem(3, 4, norm=""), stages, out_features=["res2", "res3"])
@@ -209,7 +186,7 @@ def check_detectron2() -> dict[str, Any]:
     gradients = [p.grad for p in bottom.parameters() if p.requires_grad]
     _expect("gradients", all(g is not None and bool(g.isfinite().all()) for g in gradients), True)
     found = d2.INSTALLED
-    return {"version": found.version, "folder": str(found.folder), "operators": found.operators}
+    return {"detectron2": found.version, "folder": str(found.folder), "operators": found.operators}
 
 
 def _expect(what: str, actual: object, expected: object) -> None:
@@ -306,15 +283,10 @@ _UV_VARIABLES = {
 
 
 def uv_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Make the environment in which uv reaches the index as pip does.
+    """Return a copy of an environment in which uv reaches the index as pip does; uv's own variables in it stay.
 
-    Args:
-        environment: The environment to start from; uv's variables in it stay.
-
-    Returns:
-        A copy with variables added for pip's index, proxy, certificate and trusted hosts; for an offline pip
-        (``no-index``), its folders of files. pip's settings are those of its configuration files and, over them,
-        of its ``PIP_...`` variables.
+    Variables are added for pip's index, proxy, certificate and trusted hosts, and for an offline pip (``no-index``) its
+    folders of files. pip's settings are those of its configuration files and, over them, of its ``PIP_...`` variables.
     """
     settings: dict[str, str] = {}
     listed = None
@@ -340,77 +312,58 @@ def uv_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-_FAILURES: tuple[tuple[tuple[str, ...], type[ProxydetError], str, str], ...] = (
+_FAILURES: tuple[tuple[str, type[ProxydetError], str, str], ...] = (
     (
-        ("hash mismatch",),
+        "hash mismatch",
         DigestError,
         "The package index sent other detectron2 sources than the expected ones",
         "check the index or mirror that is configured; nothing was installed",
     ),
     (
-        ("no space left",),
+        "no space left",
         DiskFullError,
         "There is no room left on the disk",
         "free some space, or set UV_CACHE_DIR and TMPDIR to folders with room, and run it again",
     ),
     (
-        (
-            "permission denied",
-            "read-only file system",
-            "externally managed",
-            "failed to initialize cache",
-        ),
+        "permission denied|read-only file system|externally managed|failed to initialize cache",
         RuntimeEnvironmentError,
         "The environment cannot be written",
         "work in a virtual environment of your own; UV_CACHE_DIR moves uv's cache",
     ),
     (
-        (
-            "error sending request",
-            "failed to fetch",
-            "dns error",
-            "could not connect",
-            "network connectivity is disabled",
-            "network was disabled",
-            "operation timed out",
-        ),
+        "error sending request|failed to fetch|dns error|could not connect|operation timed out|"
+        "network connectivity is disabled|network was disabled",
         TransferError,
         "The package index cannot be reached",
         "connect to the network and run: proxydet setup. Behind a mirror or proxy, set UV_DEFAULT_INDEX or "
         "HTTPS_PROXY",
     ),
     (
-        ("no solution found", "not found in the package registry"),
+        "no solution found|not found in the package registry",
         TransferError,
         "The package index does not carry the detectron2 sources",
         "use an index that carries pb1-detectron2 0.6, or install detectron2 from its repository",
     ),
     (
-        ("",),
+        "",
         MissingDependencyError,
         "detectron2 could not be built",
         "report it with this message and the output of: proxydet env",
     ),
 )
-"""What uv writes in each situation, in lower case; the error, its message and hint. The first that matches counts."""
+"""What uv writes in each situation, as a pattern; the error, its message and hint. The first that matches counts."""
 
 
 def explain_failure(stderr: str, destination: Path) -> ProxydetError:
-    """Turn a failure of uv into one of our errors.
+    """Turn all that uv wrote into the error to raise; ``destination`` is where packages go.
 
-    Args:
-        stderr: All that uv wrote.
-        destination: Where packages go.
-
-    Returns:
-        The error to raise, with the lines in its message in which uv names the error and its causes, or all where
-        there are none.
+    Its message holds the lines in which uv names the error and its causes, or all where there are none.
     """
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     named = [line for line in lines if line.startswith(("error:", "cause:"))]
     raised = [line for line in lines if re.match(r"[A-Za-z.]*(Error|Exception): ", line)]
     gist = "; ".join([*named, *raised] or lines)
-    for signs, kind, message, hint in _FAILURES:
-        if any(sign in stderr.lower() for sign in signs):
-            return kind(f"{message}: {gist}", hint=hint, path=destination)
-    raise AssertionError("the last row matches anything")
+    rows = (row for row in _FAILURES if re.search(row[0], stderr, re.IGNORECASE))
+    _, kind, message, hint = next(rows)
+    return kind(f"{message}: {gist}", hint=hint, path=destination)

@@ -51,12 +51,9 @@ def probe(*, compute: bool = True, report: Callable[[Facts], None] = lambda _: N
     """Collect the facts of torch, the GPUs that it sees, and torchvision's operators.
 
     Args:
-        compute: Also add two numbers on every GPU, and multiply in 16 bits. Not for one process of a training: it would take memory on the
-            GPUs of the others.
+        compute: Also add two numbers on every GPU, and multiply in 16 bits. Not for one process of a training: it would
+            take memory on the GPUs of the others.
         report: Called after each part with the facts so far.
-
-    Returns:
-        Facts by key; where torch does not load, the error and which facts are not known for it.
     """
     try:
         import torch
@@ -97,9 +94,15 @@ def probe(*, compute: bool = True, report: Callable[[Facts], None] = lambda _: N
             wanted += [("gpu.bf16", "bf16", "cuda"), ("gpu.fp16", "fp16", "cuda")]
         for key, precision, device in wanted:
             try:
-                facts[key] = Fact(_units(half_speed(precision, device)))
+                ratio = half_speed(precision, device)
             except (RuntimeError, AssertionError) as error:
                 facts[key] = Fact(None, _first_line(error))
+                continue
+            times = f"yes (matrix products are {ratio:.1f} times as fast as in fp32)"
+            if ratio <= 1:
+                longer = 1 / max(ratio, 1e-4)
+                times = f"no (matrix products take {longer:.0f} times as long as in fp32)"
+            facts[key] = Fact(times)
         report(facts)
     return facts
 
@@ -149,12 +152,6 @@ def half_speed(precision: str, device: str = "cpu") -> float:
     return ratio
 
 
-def _units(ratio: float) -> str:
-    if ratio > 1:
-        return f"yes (matrix products are {ratio:.1f} times as fast as in fp32)"
-    return f"no (matrix products take {1 / max(ratio, 1e-4):.0f} times as long as in fp32)"
-
-
 def cudnn_version(number: int | None) -> str | None:
     """Write cuDNN's version number as text: 8200 is 8.2.0, and with five digits, from 9 on, 92600 is 9.26.0."""
     if number is None:
@@ -164,14 +161,7 @@ def cudnn_version(number: int | None) -> str | None:
 
 
 def gpu_facts(gpus: Sequence[tuple[str, str, int]]) -> Facts:
-    """Name GPUs, those of one kind together.
-
-    Args:
-        gpus: Name, architecture (``"9.0"``) and bytes of memory of each.
-
-    Returns:
-        ``gpu.names``, ``gpu.count`` and ``gpu.memory``.
-    """
+    """Name GPUs, those of one kind together, given name, architecture (``"9.0"``) and bytes of memory of each."""
     kinds: dict[tuple[str, str, int], list[str]] = {}
     for index, gpu in enumerate(gpus):
         kinds.setdefault(gpu, []).append(str(index))
@@ -234,12 +224,8 @@ def _torchvision_operators() -> Facts:
         try:
             torch.ops.load_library(files[0])
         except (OSError, RuntimeError, ImportError) as error:
-            why = _first_line(error.__cause__ or error)
-            return {
-                "torchvision.import": Fact(
-                    None, f"its operators do not load into this torch: {why}"
-                )
-            }
+            why = f"its operators do not load into this torch: {_first_line(error.__cause__ or error)}"
+            return {"torchvision.import": Fact(None, why)}
     problem = ""
     operators, cuda = torch.ops.torchvision, torch.version.cuda
     for name in ("nms", "roi_align"):
@@ -260,14 +246,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def facts_before_crash(output: str, end: str) -> Facts:
-    """Read what the probe wrote before its process ended, and attribute a crash to the part that it was in.
+    """Read what the probe wrote to stdout before its process ended, and attribute a crash to the part that it was in.
 
-    Args:
-        output: Its stdout, which may hold other lines, too.
-        end: How the process ended: "ends the process (SIGSEGV): ..."; empty where it ended well.
-
-    Returns:
-        The facts of the parts that it finished, and the crash in place of the next one; later ones are missing.
+    ``end`` is how the process ended ("ends the process (SIGSEGV): ..."), empty where it ended well. The crash stands in
+    place of the first part that was not finished; later ones are missing.
     """
     facts: Facts = {}
     for line in reversed(output.splitlines()):

@@ -34,7 +34,12 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from proxydet.data.masks import crop_polygons
-from proxydet.environment.roi_align import RegionGrid, align_regions, is_replaced, is_rounded
+from proxydet.environment.roi_align import (
+    RegionGrid,
+    align_regions,
+    operator_in_use,
+    published_roi_align,
+)
 from proxydet.errors import ConfigError
 from proxydet.extensions import build_extension, extension_errors
 from proxydet.modeling.boxes import (
@@ -131,14 +136,14 @@ class RegionPooler(nn.Module):
             begins = range(start, start + max(count, 1), size)
             start += count
             parts += [(features, slice(begin, min(begin + size, start))) for begin in begins]
-        if boxes_N4.device.type == "cpu" and not is_rounded():
+        if boxes_N4.device.type == "cpu" and operator_in_use() is not published_roi_align:
             position_N = level_N.long() - self.levels[0]
             for features, own in parts:
                 yield align_regions(features, rois_N5[own], position_N[own], self._grid)
             return
         levels_L = torch.arange(self.levels[0], self.levels[-1] + 1, device=boxes_N4.device)
         is_own_LN = level_N == levels_L[:, None]
-        if self.config.sampling_ratio == 0 and not is_replaced():
+        if self.config.sampling_ratio == 0 and operator_in_use() is None:
             # Every box from every level, shrunk to a point on those that are not its own: there it has no sample, costs
             # little and counts 0. So the host need not know how many boxes each level has.
             rois_LN5 = rois_N5 * is_own_LN[:, :, None]

@@ -15,7 +15,7 @@ from proxydet.environment.processes import Fact, call_in_new_process
 
 ANSWERS = {
     "check_torch": {"torch": "2.15.0", "torchvision": "0.30.0"},
-    "check_detectron2": {"version": "0.6", "folder": "/env/detectron2", "operators": "absent"},
+    "check_detectron2": {"detectron2": "0.6", "folder": "/env/detectron2", "operators": "absent"},
 }
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import io
 import ipaddress
-import json
 import logging
 import time
 from collections import deque
@@ -119,63 +117,75 @@ class ServingSettings:
 # --- Errors ------------------------------------------------------------------------------------------------------------
 
 
+_KINDS = {
+    400: ("parameter", "words", "image", "malformed"),
+    403: ("host", "origin"),
+    404: ("not-found", "region"),
+    405: ("method",),
+    408: ("slow-upload",),
+    413: ("upload-size", "image-size"),
+    415: ("image-type",),
+    500: ("environment", "model", "index", "bug"),
+    503: ("busy", "loading", "failed", "stopping"),
+    504: ("timeout",),
+}
+"""By HTTP status, the kinds of errors that have it; see ``docs/reference/server.md``."""
+
+_KINDS_OF_THE_CORE: tuple[tuple[type[ProxydetError], str], ...] = (
+    (VocabularyError, "words"),
+    (DataError, "image"),
+    (ConfigError, "parameter"),
+    (RuntimeEnvironmentError, "environment"),
+    (ProxydetError, "model"),
+)
+
+
 class RequestError(ProxydetError):
     """A request that cannot be served.
 
     Args:
-        status: The HTTP status.
-        kind: One word for programs, see ``docs/reference/server.md``.
+        kind: One word for programs, of `_KINDS`.
         message: What happened and why.
         hint: What the client can do next.
         retry_after: Seconds after which a retry is worthwhile; None where it would not help.
     """
 
     def __init__(
-        self,
-        status: int,
-        kind: str,
-        message: str,
-        *,
-        hint: str | None = None,
-        retry_after: int | None = None,
+        self, kind: str, message: str, hint: str | None = None, *, retry_after: int | None = None
     ) -> None:
         super().__init__(message, hint=hint)
-        self.status = status
         self.kind = kind
         self.retry_after = retry_after
 
 
-_STATUSES: tuple[tuple[type[ProxydetError], int, str], ...] = (
-    (VocabularyError, 400, "words"),
-    (DataError, 400, "image"),
-    (ConfigError, 400, "parameter"),
-    (RuntimeEnvironmentError, 500, "environment"),
-    (ProxydetError, 500, "model"),
-)
+def _busy(message: str, retry_after: int, kind: str = "busy") -> RequestError:
+    return RequestError(kind, message, "try again later", retry_after=retry_after)
 
 
-def error_response(error: ProxydetError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Render an error as ``{"error": {"kind", "message", "hint"}}``; errors of the core get a status and a kind."""
+def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Render an error as ``{"error": {"kind", "message", "hint"}}``; what is not ours is a bug."""
     extra = dict(headers or {})
+    if not isinstance(error, ProxydetError):
+        text = f"internal error, a bug in proxydet: {type(error).__name__}: {error}"
+        error = RequestError("bug", text, "report it with the server's log")
     if isinstance(error, RequestError):
-        status, kind = error.status, error.kind
+        kind = error.kind
         if error.retry_after is not None:
             extra["Retry-After"] = str(error.retry_after)
     else:
-        status, kind = next((s, kind) for family, s, kind in _STATUSES if isinstance(error, family))
+        kind = next(kind for family, kind in _KINDS_OF_THE_CORE if isinstance(error, family))
     content = {"error": {"kind": kind, "message": error.message, "hint": error.hint}}
-    return JSONResponse(content, status, extra)
+    return JSONResponse(content, next(s for s, kinds in _KINDS.items() if kind in kinds), extra)
 
 
 # --- Parameters --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShownClass:
+class ShownClass(msgspec.Struct, frozen=True):
     """A class that regions of images show."""
 
     name: str
-    regions: tuple[bytes, ...]
+    regions: Annotated[tuple[bytes, ...], msgspec.Meta(min_length=1)]
     """Embeddings, as ``/api/embed`` gave them: float32, little-endian."""
 
 
@@ -206,7 +216,7 @@ class PredictParams:
     """Of a search: at most this many images, the best."""
     like: int | None = None
     """Of a search: the id of an image, to look for what is in ``box`` of it instead of class names."""
-    box: tuple[float, ...] | None = None
+    box: tuple[float, float, float, float] | None = None
     """xyxy in pixels of that image."""
 
 
@@ -254,23 +264,16 @@ def read_params(
     background += [entry.name for entry in classes if entry.background]
     asked = [*words, *background, *(shown.name for shown in given.get("exemplars", ()))]
     if classes and not words:
-        raise RequestError(400, "words", "all classes are background", hint="name one to detect")
+        raise RequestError("words", "all classes are background", "name one to detect")
     if len(asked) > settings.max_words:
-        raise RequestError(
-            400,
-            "words",
-            f"{len(asked)} class names; the limit is {settings.max_words}",
-            hint="ask for fewer at a time, or use proxydet predict --vocabulary",
-        )
+        many = f"{len(asked)} class names; the limit is {settings.max_words}"
+        hint = "ask for fewer at a time, or use proxydet predict --vocabulary"
+        raise RequestError("words", many, hint)
     for word in asked:
         if len(word) > settings.max_word_length:
-            raise RequestError(
-                400,
-                "words",
-                f"the class name {word[:40] + '...'!r} has {len(word)} characters; the limit is "
-                f"{settings.max_word_length}",
-                hint="separate class names by commas",
-            )
+            limit = f"has {len(word)} characters; the limit is {settings.max_word_length}"
+            long = f"the class name {word[:40] + '...'!r} {limit}"
+            raise RequestError("words", long, "separate class names by commas")
     params = PredictParams(
         words=tuple(words) or None,
         background=TRAINING_CLASSES if training else tuple(background),
@@ -297,14 +300,12 @@ class ClassParams(msgspec.Struct, forbid_unknown_fields=True):
     """Whether it only takes regions from others."""
 
 
-def _classes(key: str, text: str) -> list[ClassParams]:
+def _json(kind: Any, hint: str, key: str, text: str) -> Any:
+    """Read a parameter that is JSON of a given type."""
     try:
-        return msgspec.json.decode(text, type=list[ClassParams])
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise _bad_parameter(
-            f"{key} cannot be read: {str(error)[:200]}",
-            '[{"name": "mug", "threshold": 0.4}, {"name": "wall", "background": true}]',
-        ) from error
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _bad_parameter(f"{key} cannot be read: {str(error)[:200]}", hint) from error
 
 
 def _fraction(key: str, text: str) -> float:
@@ -317,11 +318,12 @@ def _fraction(key: str, text: str) -> float:
     return value
 
 
-def _count(key: str, text: str) -> int:
+def _integer(key: str, text: str, least: int = 1) -> int:
     # At most nine digits: longer ones are refused here and not by Python's own limit.
-    value = int(text) if text.isdecimal() and len(text) < 10 else 0
-    if value < 1:
-        raise _bad_parameter(f"{key} is {text[:40]!r}; it must be a positive integer", "e.g. 100")
+    value = int(text) if text.isdecimal() and len(text) < 10 else -1
+    if value < least:
+        kind = "a positive integer" if least else "the id of an image"
+        raise _bad_parameter(f"{key} is {text[:40]!r}; it must be {kind}", "e.g. 100")
     return value
 
 
@@ -335,38 +337,21 @@ def _boolean(key: str, text: str) -> bool:
     return values[text.lower()]
 
 
-_MOST_BOXES = 100
-
-
-def _parse_exemplars(key: str, text: str) -> tuple[ShownClass, ...]:
+def _exemplars(key: str, text: str) -> tuple[ShownClass, ...]:
     hint = 'e.g. [{"name": "my mug", "regions": ["..."]}], with regions of POST /api/embed'
-    try:
-        entries = json.loads(text)
-        classes = tuple(
-            ShownClass(
-                name=entry["name"].strip(),
-                regions=tuple(
-                    base64.b64decode(region, validate=True) for region in entry["regions"]
-                ),
-            )
-            for entry in entries
-        )
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-        binascii.Error,
-    ) as error:
-        raise _bad_parameter(f"{key} cannot be read: {type(error).__name__}", hint) from error
-    if not all(shown.name and shown.regions for shown in classes):
-        raise _bad_parameter(f"{key}: each class needs a name and at least one region", hint)
-    return classes
+    classes = _json(list[ShownClass], hint, key, text)
+    if not all(shown.name.strip() for shown in classes):
+        raise _bad_parameter(f"{key}: each class needs a name", hint)
+    return tuple(ShownClass(shown.name.strip(), shown.regions) for shown in classes)
 
 
-def read_boxes(pairs: Iterable[tuple[str, str]]) -> list[list[float]]:
-    """Read the parameter ``boxes`` of a request: xyxy in pixels of the image.
+Box = tuple[float, float, float, float]
+"""xyxy in pixels of an image."""
+_Boxes = Annotated[list[Box], msgspec.Meta(min_length=1, max_length=100)]
+
+
+def read_boxes(pairs: Iterable[tuple[str, str]]) -> list[Box]:
+    """Read the parameter ``boxes`` of a request, 1 to 100 boxes.
 
     Raises:
         RequestError: 400, it is absent, repeated or not a list of boxes, or there is another parameter.
@@ -374,51 +359,39 @@ def read_boxes(pairs: Iterable[tuple[str, str]]) -> list[list[float]]:
     given = list(pairs)
     hint = "e.g. boxes=[[10, 20, 110, 90]]: left, top, right, bottom, in pixels of the image"
     if [key for key, _ in given] != ["boxes"]:
-        raise _bad_parameter(
-            f"the parameters are {', '.join(k[:40] for k, _ in given) or 'none'}, not boxes", hint
-        )
-    try:
-        boxes = [[float(side) for side in box] for box in json.loads(given[0][1])]
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise _bad_parameter("boxes cannot be read", hint) from error
-    if not 1 <= len(boxes) <= _MOST_BOXES or any(len(box) != 4 for box in boxes):
-        raise _bad_parameter(f"boxes must be 1 to {_MOST_BOXES} lists of four numbers", hint)
+        named = ", ".join(key[:40] for key, _ in given) or "none"
+        raise _bad_parameter(f"the parameters are {named}, not boxes", hint)
+    boxes: list[Box] = _json(_Boxes, hint, *given[0])
     return boxes
 
 
-def _image_id(key: str, text: str) -> int:
-    if not (text.isdecimal() and len(text) < 10):
-        raise _bad_parameter(f"{key} is {text[:40]!r}; it must be the id of an image", "e.g. 3")
-    return int(text)
-
-
-def _box(_key: str, text: str) -> tuple[float, ...]:
-    return tuple(read_boxes([("boxes", f"[{text}]")])[0])
-
-
-_PARSERS: dict[str, Callable[[str, str], Any]] = {
+_Parsers = Mapping[str, Callable[[str, str], Any]]
+_ANY_PARSERS: _Parsers = {
     "score_threshold": _fraction,
-    "top": _count,
-    "masks": _boolean,
+    "top": _integer,
     "one_label": _boolean,
-    "classes": _classes,
-    "exemplars": _parse_exemplars,
+    "classes": partial(
+        _json,
+        list[ClassParams],
+        '[{"name": "mug", "threshold": 0.4}, {"name": "wall", "background": true}]',
+    ),
 }
-_SEARCH_PARSERS = {
-    **_PARSERS,
-    "limit": _count,
-    "like": _image_id,
-    "box": _box,
+_PARSERS: _Parsers = {**_ANY_PARSERS, "masks": _boolean, "exemplars": _exemplars}
+_SEARCH_PARSERS: _Parsers = {
+    **_ANY_PARSERS,
+    "limit": _integer,
+    "like": partial(_integer, least=0),
+    "box": partial(_json, Box, "e.g. box=[10, 20, 110, 90]"),
 }
-del _SEARCH_PARSERS["masks"], _SEARCH_PARSERS["exemplars"]
 
 
 def _bad_parameter(message: str, hint: str) -> RequestError:
-    return RequestError(400, "parameter", message, hint=hint)
+    return RequestError("parameter", message, hint)
 
 
 # --- Images ------------------------------------------------------------------------------------------------------------
 
+_SMALLER = "send a smaller copy: the detector scales images down anyway"
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
@@ -443,31 +416,20 @@ def opened_image(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     Raises:
         RequestError: 415 for another format, 413 for too many pixels.
     """
-    smaller = "send a smaller copy: the detector scales images down anyway"
+    limit = f"the limit is {max_pixels / 1e6:g} million"
     try:
         image = Image.open(io.BytesIO(data), formats=accepted_formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(
-            413,
-            "image-size",
-            f"the image has far more pixels than the limit of {max_pixels / 1e6:g} million",
-            hint=smaller,
+            "image-size", f"the image has far too many pixels; {limit}", _SMALLER
         ) from error
     except DAMAGE as error:
-        raise RequestError(
-            415,
-            "image-type",
-            "unsupported image format",
-            hint=f"send one of {', '.join(accepted_formats())}",
-        ) from error
+        hint = f"send one of {', '.join(accepted_formats())}"
+        raise RequestError("image-type", "unsupported image format", hint) from error
     with image:
         if image.width * image.height > max_pixels:
-            raise RequestError(
-                413,
-                "image-size",
-                f"the image has {image.width} x {image.height} pixels; the limit is {max_pixels / 1e6:g} million",
-                hint=smaller,
-            )
+            size = f"the image has {image.width} x {image.height} pixels"
+            raise RequestError("image-size", f"{size}; {limit}", _SMALLER)
         yield image
 
 
@@ -518,13 +480,7 @@ class UploadBudget:
         def take(count: int) -> None:
             nonlocal taken
             if self.held + count > self._limit:
-                raise RequestError(
-                    503,
-                    "busy",
-                    "too many uploads in progress",
-                    hint="try again later",
-                    retry_after=1,
-                )
+                raise _busy("too many uploads in progress", 1)
             self.held += count
             taken += count
 
@@ -553,18 +509,13 @@ async def read_upload(
     is_image = media_type.startswith("image/") or media_type == "application/octet-stream"
     if not is_form and not is_image:
         raise RequestError(
-            415,
             "image-type",
             f"unsupported content type {media_type[:80] or '(none)'!r}: expected an image or a form with an image",
-            hint="curl: -F picture=@photo.jpg, or --data-binary @photo.jpg -H 'Content-Type: image/jpeg'",
+            "curl: -F picture=@photo.jpg, or --data-binary @photo.jpg -H 'Content-Type: image/jpeg'",
         )
     limit = settings.max_upload_bytes + (_ROOM_FOR_FIELDS if is_form else 0)
-    too_large = RequestError(
-        413,
-        "upload-size",
-        f"the image file is larger than the limit of {settings.max_upload_bytes / 2**20:g} MiB",
-        hint="send a smaller copy: the detector scales images down anyway",
-    )
+    most = f"{settings.max_upload_bytes / 2**20:g} MiB"
+    too_large = RequestError("upload-size", f"the image file is larger than {most}", _SMALLER)
 
     async def pieces() -> AsyncIterator[bytes]:
         # Counted as they come, since a stated length may be missing or a lie.
@@ -595,12 +546,8 @@ async def read_upload(
         try:
             form = await parser.parse()
         except (MultiPartException, FormParserError) as error:
-            raise RequestError(
-                400,
-                "malformed",
-                f"the form cannot be read: {error}",
-                hint=f"send one file as the field {FIELD!r}",
-            ) from error
+            hint = f"send one file as the field {FIELD!r}"
+            raise RequestError("malformed", f"the form cannot be read: {error}", hint) from error
         try:
             file = form.get(FIELD)
             if not isinstance(file, UploadFile):
@@ -615,19 +562,11 @@ async def read_upload(
     try:
         upload = await asyncio.wait_for(read(), settings.upload_seconds)
     except asyncio.TimeoutError:
-        raise RequestError(
-            408,
-            "slow-upload",
-            f"the upload took longer than {settings.upload_seconds:g} seconds",
-            hint="send a smaller copy of the image",
-        ) from None
+        slow = f"the upload took longer than {settings.upload_seconds:g} seconds"
+        raise RequestError("slow-upload", slow, "send a smaller copy of the image") from None
     if not upload.data:
-        raise RequestError(
-            400,
-            "malformed",
-            "the request contains no image",
-            hint=f"send it as the request's body, or as the form's field {FIELD!r}",
-        )
+        hint = f"send it as the request's body, or as the form's field {FIELD!r}"
+        raise RequestError("malformed", "the request contains no image", hint)
     if len(upload.data) > settings.max_upload_bytes:
         raise too_large
     return upload
@@ -692,18 +631,12 @@ class WorkQueue:
             if result.done():
                 return result.result()
             if job in self._waiting:
-                raise RequestError(
-                    503,
-                    "busy",
-                    f"the request waited in the queue for more than {timeout:g} seconds",
-                    hint="try again later",
-                    retry_after=self._retry_after(),
-                )
+                waited = f"the request waited in the queue for more than {timeout:g} seconds"
+                raise _busy(waited, self._retry_after())
             raise RequestError(
-                504,
                 "timeout",
                 f"the request took longer than {timeout:g} seconds",
-                hint="send a smaller image or fewer class names, or start the server with a longer --timeout",
+                "send a smaller image or fewer class names, or start the server with a longer --timeout",
             )
         finally:
             result.cancel()
@@ -719,13 +652,8 @@ class WorkQueue:
         if self.stopped:
             raise _stopping()
         if len(self._waiting) >= self._size:
-            raise RequestError(
-                503,
-                "busy",
-                f"the queue is full: {self._size} requests are waiting",
-                hint="try again later",
-                retry_after=self._retry_after(),
-            )
+            full = f"the queue is full: {self._size} requests are waiting"
+            raise _busy(full, self._retry_after())
 
     def stop(self) -> None:
         """Accept nothing more and refuse what waits; what runs is finished."""
@@ -782,7 +710,7 @@ class WorkQueue:
 
 
 def _stopping() -> RequestError:
-    return RequestError(503, "stopping", "the server is shutting down", hint="start it again")
+    return RequestError("stopping", "the server is shutting down", "start it again")
 
 
 def _reason(error: Exception) -> str:
@@ -853,12 +781,8 @@ class SecurityMiddleware:
     def _check(self, headers: Headers) -> RequestError | None:
         host, settings = headers.get("host", ""), self._settings
         if not is_own_host(host, settings.allowed_hosts, loopback=settings.loopback_only):
-            return RequestError(
-                403,
-                "host",
-                f"unknown host {host[:80]!r}",
-                hint="start the server with --allow-host NAME to serve another host name",
-            )
+            hint = "start the server with --allow-host NAME to serve another host name"
+            return RequestError("host", f"unknown host {host[:80]!r}", hint)
         origin = headers.get("origin")
         if origin is None:
             return None
@@ -868,12 +792,8 @@ class SecurityMiddleware:
             authority = ""
         if authority == host.lower():
             return None
-        return RequestError(
-            403,
-            "origin",
-            f"cross-origin request from {origin[:80]!r}",
-            hint="only the server's own page may send requests from a browser",
-        )
+        hint = "only the server's own page may send requests from a browser"
+        return RequestError("origin", f"cross-origin request from {origin[:80]!r}", hint)
 
 
 def is_own_host(header: str, names: Collection[str], *, loopback: bool) -> bool:
@@ -901,19 +821,9 @@ def is_own_host(header: str, names: Collection[str], *, loopback: bool) -> bool:
 
 # --- The application ---------------------------------------------------------------------------------------------------
 
-_ASSETS = {
-    "/": ("index.html", "text/html"),
-    "/style.css": ("style.css", "text/css"),
-    "/app.js": ("app.js", "text/javascript"),
-    "/drawing.js": ("drawing.js", "text/javascript"),
-    "/colours.js": ("colours.js", "text/javascript"),
-    "/common.js": ("common.js", "text/javascript"),
-}
-_SEARCH_ASSETS = {
-    "/": ("search.html", "text/html"),
-    "/search.js": ("search.js", "text/javascript"),
-    **{path: _ASSETS[path] for path in ("/style.css", "/colours.js", "/common.js")},
-}
+_COMMON = ("style.css", "colours.js", "common.js")
+_ASSETS = ("index.html", "app.js", "drawing.js", *_COMMON)
+_SEARCH_ASSETS = ("search.html", "search.js", *_COMMON)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -972,10 +882,7 @@ class ServingApp:
         routes = [
             Route("/api/health", self._health),
             Route("/api/info", self._get_info),
-            *(
-                Route(path, _asset(*entry))
-                for path, entry in (_SEARCH_ASSETS if search else _ASSETS).items()
-            ),
+            *map(_asset, _SEARCH_ASSETS if search else _ASSETS),
         ]
         if search:
             routes += [
@@ -992,7 +899,7 @@ class ServingApp:
             ProxydetError: _on_error,
             HTTPException: _on_http,
             ClientDisconnect: _on_disconnect,
-            Exception: _on_bug,
+            Exception: _on_error,
         }
         inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         inner.router.redirect_slashes = False
@@ -1019,7 +926,7 @@ class ServingApp:
         if self.failure is not None:
             hint = getattr(self.failure, "hint", None)
             message = f"the model could not be loaded: {_reason(self.failure)}"
-            raise RequestError(503, "failed", message, hint=hint)
+            raise RequestError("failed", message, hint)
         if self._served is None:
             raise _stopping()
         return self._served
@@ -1152,9 +1059,7 @@ class ServingApp:
         if self._loading is not None:
             await asyncio.wait([self._loading], timeout=self.settings.wait_seconds)
         if self._served is None and self.failure is None and not self.queue.stopped:
-            raise RequestError(
-                503, "loading", "the model is being loaded", hint="try again later", retry_after=1
-            )
+            raise _busy("the model is being loaded", 1, "loading")
         _ = self._loaded
         return JSONResponse(self._info)
 
@@ -1281,8 +1186,8 @@ class ServingApp:
                 like = index.like(params.like, params.box)
             except DataError as error:
                 # Of a damaged part the file is named.
-                status, kind = (404, "region") if error.path is None else (500, "index")
-                raise RequestError(status, kind, error.message, hint=error.hint) from error
+                kind = "region" if error.path is None else "index"
+                raise RequestError(kind, error.message, error.hint) from error
         vocabulary = self.vocabulary_of(params) if like is None else like.vocabulary
         settings = index.settings(
             score_threshold=params.score_threshold,
@@ -1293,7 +1198,7 @@ class ServingApp:
         try:
             hits = index.search_classes(vocabulary, settings, top=params.limit)
         except DataError as error:
-            raise RequestError(500, "index", error.message, hint=error.hint) from error
+            raise RequestError("index", error.message, error.hint) from error
         result = {
             **({} if like is None else {"like": {"id": params.like, **like.to_dict()}}),
             "images": [{"id": hit.number, **hit.to_dict()} for hit in hits],
@@ -1307,15 +1212,14 @@ class ServingApp:
         self.queue.admit()
         index = self._loaded.index
         assert index is not None
-        size = _count("size", request.query_params.get("size", "360"))
+        size = _integer("size", request.query_params.get("size", "360"))
         source = index.source_at(request.path_params["number"])
         if source is None:
             raise HTTPException(404)
         # An index of someone else must not make the server fetch what it names.
         if "://" in (source.tar or source.name):
-            raise RequestError(
-                404, "not-found", "the image is in an object store, which the server does not read"
-            )
+            stored = "the image is in an object store, which the server does not read"
+            raise RequestError("not-found", stored)
         async for _ in request.stream():
             pass
         return await self._computed(request, partial(self._scaled, source, size), "image/jpeg")
@@ -1333,15 +1237,13 @@ class ServingApp:
             encoded = source.encoded()
             height, width = image_size(encoded, name=source.name)
             if height * width > self.settings.max_pixels:
-                raise RequestError(
-                    413,
-                    "image-size",
-                    f"the image has {width} x {height} pixels; the limit is {self.settings.max_pixels / 1e6:g} million",
-                    hint="start the server with a larger --max-megapixels",
-                )
+                limit = f"the limit is {self.settings.max_pixels / 1e6:g} million"
+                large = f"the image has {width} x {height} pixels; {limit}"
+                hint = "start the server with a larger --max-megapixels"
+                raise RequestError("image-size", large, hint)
             image = open_image(encoded, name=source.name)
         except DataError as error:
-            raise RequestError(404, "not-found", error.message, hint=error.hint) from error
+            raise RequestError("not-found", error.message, error.hint) from error
         except MemoryError as error:
             raise RuntimeEnvironmentError(
                 "not enough memory for this image",
@@ -1352,11 +1254,11 @@ class ServingApp:
         image.save(buffer, "JPEG", quality=88)
         return buffer.getvalue()
 
-    def _embed_boxes(self, upload: Upload, boxes: list[list[float]]) -> bytes:
+    def _embed_boxes(self, upload: Upload, boxes: list[Box]) -> bytes:
         """Embed regions of an image; called in the one thread that computes.
 
         Returns:
-            JSON: ``file``, ``width``, ``height``, and ``regions``: what `_parse_exemplars` takes, one for each box.
+            JSON: ``file``, ``width``, ``height``, and ``regions``: what `_exemplars` takes, one for each box.
 
         Raises:
             ProxydetError: The image or a box cannot be used.
@@ -1459,17 +1361,18 @@ def _check_header(data: bytes, max_pixels: int) -> None:
         pass
 
 
-def _asset(file: str, media_type: str) -> Any:
+def _asset(file: str) -> Route:
+    """Return the route of a file of the page; the page itself is at ``/``."""
     content = files("proxydet.serve.assets").joinpath(file).read_bytes()
+    kind = file.rpartition(".")[2]
 
     async def send(_request: Request) -> Response:
-        return Response(content, media_type=media_type)
+        return Response(content, media_type=f"text/{'javascript' if kind == 'js' else kind}")
 
-    return send
+    return Route("/" if kind == "html" else f"/{file}", send)
 
 
 async def _on_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, ProxydetError)
     return error_response(error)
 
 
@@ -1482,28 +1385,9 @@ async def _on_http(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         message = f"method {request.method[:20]} is not allowed here"
-        found = RequestError(405, "method", message, hint=f"use {allowed}")
+        found = RequestError("method", message, f"use {allowed}")
     else:
-        missing = error.status_code == 404
-        found = RequestError(
-            error.status_code,
-            "not-found" if missing else "malformed",
-            "no such route" if missing else error.detail,
-            hint=f"routes: {', '.join(_routes(request.app.routes))}",
-        )
+        routes = (route.path for route in request.app.routes)
+        shown = ", ".join(path for path in routes if path == "/" or path.startswith("/api/"))
+        found = RequestError("not-found", "no such route", f"routes: {shown}")
     return error_response(found, error.headers)
-
-
-def _routes(routes: Iterable[Any]) -> list[str]:
-    return [route.path for route in routes if route.path == "/" or route.path.startswith("/api/")]
-
-
-async def _on_bug(_request: Request, error: Exception) -> Response:
-    return error_response(
-        RequestError(
-            500,
-            "bug",
-            f"internal error, a bug in proxydet: {type(error).__name__}: {error}",
-            hint="report it with the server's log",
-        )
-    )

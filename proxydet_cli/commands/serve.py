@@ -196,18 +196,12 @@ def _check_packages() -> None:
 
     from proxydet.errors import MissingDependencyError
 
-    needed = {
-        "starlette": "starlette",
-        "uvicorn": "uvicorn",
-        "python_multipart": "python-multipart",
-    }
-    missing = [name for module, name in needed.items() if find_spec(module) is None]
-    if missing:
-        raise MissingDependencyError(
-            f"the server needs packages that are not installed: {', '.join(missing)}",
-            hint="run: pip install 'proxydet[serve]'",
-        )
-    for module, name in needed.items():
+    missing = []
+    for name in ("starlette", "uvicorn", "python-multipart"):
+        module = name.replace("-", "_")
+        if find_spec(module) is None:
+            missing.append(name)
+            continue
         try:
             import_module(module)
         except ImportError as error:
@@ -215,6 +209,11 @@ def _check_packages() -> None:
                 f"the server needs the package {name}, which cannot be imported: {error}",
                 hint="run: pip install --force-reinstall 'proxydet[serve]'",
             ) from error
+    if missing:
+        raise MissingDependencyError(
+            f"the server needs packages that are not installed: {', '.join(missing)}",
+            hint="run: pip install 'proxydet[serve]'",
+        )
 
 
 def _show_server_logs() -> None:

@@ -353,17 +353,6 @@ def test_addresses():
         bind("203.0.113.1", 0)
 
 
-def test_the_event_loop_stays_free_while_the_detector_works(held, start_server, png):
-    with start_server(build_app(held)) as running, ThreadPoolExecutor(1) as pool:
-        answer = in_background(pool, running, png)
-        assert held.entered.wait(30)
-        with running.client(5) as client:
-            assert client.get("/").status_code == 200
-        assert threading.active_count() < 50
-        held.release.set()
-        assert answer.result().status_code == 200
-
-
 def test_the_page_is_there_while_the_model_loads(detector, start_server, png):
     release = threading.Event()
 

@@ -84,7 +84,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T
     if missing:
         raise ConfigError(
             f"{_join(where, missing[0])} is missing and has no default.",
-            hint=f"Keys that {where or 'the configuration'} needs: {', '.join(missing)}.",
+            hint=f"{where or 'the configuration'} needs {', '.join(missing)}",
         )
     return _construct(lambda: cls(**values), where)
 
@@ -211,7 +211,7 @@ def _unknown_key_error(cls: type, key: str, where: str, root: type | None = None
     meant = f" Did you mean {' or '.join(close)}?" if close else ""
     return ConfigError(
         f"{_join(where, key[:80])} is not a configuration key.{meant}",
-        hint=f"Keys of {where or 'the configuration'}: {', '.join(known)}.",
+        hint=f"keys of {where or 'the configuration'}: {', '.join(known)}",
     )
 
 
@@ -319,12 +319,13 @@ def _type_error(where: str, wanted: str, value: Any) -> ConfigError:
     articles = {"integer": "an ", "number": "a ", "path": "a ", "list": "a ", "mapping": "a "}
     article = articles.get(wanted.split()[0], "")
     listed = wanted.startswith("list") and isinstance(value, str)
-    return ConfigError(
-        f"{where or 'the configuration'} must be {article}{wanted}; it is {given}.",
-        hint=f"Write a list in brackets, and in quotes for the shell: '{where}=[{value[:40]}]'."
+    hint = (
+        f"write a list in brackets, and in quotes for the shell: '{where}=[{value[:40]}]'"
         if listed
-        else None,
+        else None
     )
+    message = f"{where or 'the configuration'} must be {article}{wanted}; it is {given}."
+    return ConfigError(message, hint=hint)
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -344,6 +345,10 @@ def _join(where: str, key: str) -> str:
 # --- Text -------------------------------------------------------------------------------------------------------------
 
 
+def _refused(message: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, message, mark)
+
+
 class _Loader(yaml.SafeLoader):
     """Safe loading with YAML 1.2's idea of what a number and a truth value look like."""
 
@@ -353,9 +358,7 @@ class _Loader(yaml.SafeLoader):
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         node = super().compose_node(parent, index)
         if alias and not isinstance(node, yaml.ScalarNode):
-            raise yaml.composer.ComposerError(
-                None, None, "aliases (*name) of lists and mappings are not supported", mark
-            )
+            raise _refused("aliases (*name) of lists and mappings are not supported", mark)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -363,14 +366,10 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a list or mapping cannot be a key", key_node.start_mark
-                )
+                raise _refused("a list or mapping cannot be a key", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {_shown.repr(key)} is given twice", key_node.start_mark
-                )
+                raise _refused(f"duplicate key {_shown.repr(key)}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -379,24 +378,19 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except _MALFORMED as error:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{_reason(error)}: not a value of {node.tag}", node.start_mark
-            ) from error
+            reason = f"{_reason(error)}: not a value of {node.tag}"
+            raise _refused(reason, node.start_mark) from error
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """Read a decimal number (YAML 1.1 would read 010 as octal), or refuse one that no 64 bits hold."""
         text = str(self.construct_scalar(node))
         if node.tag.endswith("int"):
             if len(text) > 40:
-                raise yaml.constructor.ConstructorError(
-                    None, None, "the number is too large", node.start_mark
-                )
+                raise _refused("the number is too large", node.start_mark)
             return int(text)
         value = float(text.replace(".inf", "inf").replace(".nan", "nan").lower())
         if math.isinf(value) and "inf" not in text.lower():
-            raise yaml.constructor.ConstructorError(
-                None, None, "the number is too large", node.start_mark
-            )
+            raise _refused("the number is too large", node.start_mark)
         return value
 
 
@@ -470,10 +464,11 @@ def parse_yaml(
         template = "{{" in "".join(text.splitlines()[number : number + 1])
         raise _not_valid(where, "YAML", reason, path, line=number + 1, template=template) from error
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise _not_valid(
-            where, "YAML", "a character that YAML does not allow", path, line=line
-        ) from error
+        line, reason = (
+            text.count("\n", 0, error.position) + 1,
+            "a character that YAML does not allow",
+        )
+        raise _not_valid(where, "YAML", reason, path, line=line) from error
     except _MALFORMED as error:
         raise _not_valid(where, "YAML", _reason(error), path) from error
 
@@ -490,7 +485,7 @@ def load_mapping(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The configuration file {path} cannot be read: {error}",
-            hint="Give an existing YAML file; proxydet train --show-config prints one to start from.",
+            hint="give an existing YAML file; proxydet train --show-config prints one to start from",
             path=path,
         ) from error
     value = parse_yaml(text, str(path), path)
@@ -583,7 +578,7 @@ def parse_overrides(cls: type, assignments: Iterable[str]) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(
                 f"The override {assignment!r} is not of the form key=value.",
-                hint="Write for example --set training.iterations=1000.",
+                hint="write for example --set training.iterations=1000",
             )
         value = _override_value(_key_type(cls, key), f"The value of {key}", text.strip())
         for part in reversed(key.split(".")):
@@ -620,13 +615,11 @@ def _not_valid(
     template: bool = False,
 ) -> ConfigError:
     place = where if line is None else f"{where}, line {line}"
-    hint = (
-        "correct that line"
-        if path is not None
-        else "correct the value, and put it in quotes for the shell"
-    )
+    hint = "correct that line"
     if template:
         hint = "this looks like a template: put a value in place of {{ ... }}"
+    elif path is None:
+        hint = "correct the value, and put it in quotes for the shell"
     return ConfigError(f"{place} is not valid {kind}: {reason}", hint=hint, path=path)
 
 

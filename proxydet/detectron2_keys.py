@@ -5,29 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-SECTIONS = frozenset(
-    [
-        "_BASE_",
-        "CUDNN_BENCHMARK",
-        "DATALOADER",
-        "DATASETS",
-        "EVAL_AP_FIX",
-        "FIND_UNUSED_PARAM",
-        "FP16",
-        "GLOBAL",
-        "INPUT",
-        "MODEL",
-        "OUTPUT_DIR",
-        "SEED",
-        "SOLVER",
-        "TEST",
-        "VERSION",
-        "VIS_PERIOD",
-        "WITH_IMAGE_LABELS",
-    ]
-)
-"""Keys at the top of their files; ours are in small letters."""
-
 OURS = {
     "_BASE_": "`recipe`: a file holds what differs from a recipe",
     "SEED": "`seed`",
@@ -169,9 +146,13 @@ OURS = {
 """By their key, in Markdown; a key that holds others stands for them too."""
 
 
+_SECTIONS = {key.partition(".")[0] for key in OURS} | {"EVAL_AP_FIX", "GLOBAL", "VERSION"}
+"""Keys at the top of their files; ours are in small letters."""
+
+
 def is_theirs(mapping: Mapping[str, Any]) -> bool:
     """Whether a mapping that was read from YAML is a configuration of detectron2."""
-    return any(key in SECTIONS for key in mapping)
+    return not _SECTIONS.isdisjoint(mapping)
 
 
 def counterparts(mapping: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:

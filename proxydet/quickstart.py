@@ -12,7 +12,7 @@ import shlex
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -124,23 +124,17 @@ class LabelAccuracy:
     found: int
     right: int
 
-    @property
-    def share(self) -> float | None:
-        """Right labels among those found, 0 to 1; None where nothing was found."""
-        return self.right / self.found if self.found else None
+    @classmethod
+    def of(cls, objects: Sequence[Annotated]) -> LabelAccuracy:
+        """Count right labels."""
+        right = sum(item.label == item.name for item in objects)
+        found = sum(item.label is not None for item in objects)
+        return cls(objects=len(objects), found=found, right=right)
 
     @property
     def percent(self) -> str:
-        """The share as text, ``88.7%``; ``-`` where nothing was found."""
+        """Right labels among those found as text, ``88.7%``; ``-`` where nothing was found."""
         return f"{self.right / self.found:.1%}" if self.found else "-"
-
-
-def label_accuracy(objects: Iterable[Annotated]) -> LabelAccuracy:
-    """Count right labels."""
-    listed = list(objects)
-    found = [item for item in listed if item.label is not None]
-    right = sum(item.label == item.name for item in found)
-    return LabelAccuracy(objects=len(listed), found=len(found), right=right)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +188,7 @@ class QuickstartResult:
 
     def labels(self, *, novel: bool) -> LabelAccuracy:
         """Right labels among the objects of novel or of base classes."""
-        return label_accuracy(item for item in self.annotated if item.novel == novel)
+        return LabelAccuracy.of([item for item in self.annotated if item.novel == novel])
 
 
 def quickstart_config(
@@ -308,11 +302,8 @@ def _labelled(
     for entry in content["annotations"]:
         category = categories[entry["category_id"]]
         x, y, width, height = entry["bbox"]
-        item = Annotated(
-            name=category["name"],
-            box_xyxy=(x, y, x + width, y + height),
-            novel=category["frequency"] == "r",
-        )
+        box, novel = (x, y, x + width, y + height), category["frequency"] == "r"
+        item = Annotated(name=category["name"], box_xyxy=box, novel=novel)
         objects[entry["image_id"]].append(item)
     files = [folder.data / "val" / entry["file_name"] for entry in content["images"]]
     with progress.task("predicting", total=len(files), unit="images") as task:
@@ -323,10 +314,7 @@ def _labelled(
         labels: dict[int | None, str] = {}
         for nearest, label in zip(_nearest(annotated, detections), detections.labels, strict=True):
             labels.setdefault(nearest, label)  # detections come best first
-        labelled = [
-            dataclasses.replace(item, label=labels.get(index))
-            for index, item in enumerate(annotated)
-        ]
+        labelled = (dataclasses.replace(x, label=labels.get(i)) for i, x in enumerate(annotated))
         images.append((file, tuple(labelled), detections))
     return images
 
@@ -466,48 +454,33 @@ def compare_mixup(
         with progress.task("comparing", total=2 * len(seeds), unit="runs") as task:
             for seed in seeds:
                 reports = []
-                for mixup in (True, False):
-                    config = quickstart_config(
-                        folder.description, seed=seed, mixup=mixup, recipe=recipe
-                    )
-                    own = QuickstartFolder(
-                        folder.root / f"seed_{seed}_{'with' if mixup else 'without'}_mixup"
-                    )
+                for kind in ("with", "without"):
+                    data, mixup = folder.description, kind == "with"
+                    config = quickstart_config(data, seed=seed, mixup=mixup, recipe=recipe)
+                    own = QuickstartFolder(folder.root / f"seed_{seed}_{kind}_mixup")
                     train(config, output=own.run.root, progress=progress)
                     detector = Detector.from_run(own.run.root, device=config.training.device)
-                    reports.append(
-                        score(detector, folder.description, own.evaluation, config, progress)
-                    )
+                    reports.append(score(detector, data, own.evaluation, config, progress))
                     task.advance()
                 for name, (group, score_name) in MEASURES.items():
-                    first, second = (
-                        _number(getattr(report.main.group(group), score_name)) for report in reports
-                    )
-                    values[name].append((first, second))
-        measures = tuple(
-            Measure(
+                    first, second = (getattr(r.main.group(group), score_name) for r in reports)
+                    values[name].append((_number(first), _number(second)))
+        measures, rows, lines = [], [], {}
+        for name, pairs in values.items():
+            with_mixup, without_mixup = zip(*pairs, strict=True)
+            differences = [first - second for first, second in pairs]
+            measure = Measure(
                 name=name,
-                with_mixup=tuple(first for first, _ in pairs),
-                without_mixup=tuple(second for _, second in pairs),
-                difference=statistics.fmean(first - second for first, second in pairs),
-                spread=statistics.stdev(first - second for first, second in pairs),
+                with_mixup=with_mixup,
+                without_mixup=without_mixup,
+                difference=statistics.fmean(differences),
+                spread=statistics.stdev(differences),
             )
-            for name, pairs in values.items()
-        )
-        rows = [
-            (
-                measure.name,
-                statistics.fmean(measure.with_mixup),
-                statistics.fmean(measure.without_mixup),
-                measure.difference,
-                measure.spread,
-            )
-            for measure in measures
-        ]
+            measures.append(measure)
+            means = statistics.fmean(with_mixup), statistics.fmean(without_mixup)
+            rows.append((name, *means, measure.difference, measure.spread))
+            lines[name] = [(without, with_) for with_, without in pairs]
         columns = ("masks, percent", "with mixup", "without", "difference", "its spread over seeds")
-        lines = {
-            name: [(without, with_) for with_, without in pairs] for name, pairs in values.items()
-        }
         page = Page(
             title="Class-wise mixup: with and without",
             summary=(
@@ -528,7 +501,7 @@ def compare_mixup(
             ],
         )
         report = write_report(page, folder.root / "comparison.html")
-        comparison = Comparison(seeds=tuple(seeds), measures=measures, report=report)
+        comparison = Comparison(seeds=tuple(seeds), measures=tuple(measures), report=report)
         write_json(folder.root / "comparison.json", {**asdict(comparison), "report": str(report)})
         return comparison
 
@@ -566,7 +539,7 @@ LOSS_NAMES = {
 
 def write_page(result: QuickstartResult) -> Path:
     """Write ``report.html``, and the drawn predictions as image files next to their JSON."""
-    total = sum(result.seconds.values())
+    total, times = sum(result.seconds.values()), [*result.seconds.items()]
     page = Page(
         title="ProxyDet quickstart",
         summary=(
@@ -575,13 +548,8 @@ def write_page(result: QuickstartResult) -> Path:
             "that no training box shows. It finds them by comparing regions with the text embeddings of their names."
         ),
         facts=[
-            *(
-                (
-                    f"right labels, {'novel' if novel else 'base'} classes",
-                    result.labels(novel=novel).percent,
-                )
-                for novel in (False, True)
-            ),
+            ("right labels, base classes", result.labels(novel=False).percent),
+            ("right labels, novel classes", result.labels(novel=True).percent),
             ("time in all", f"{total / 60:.1f} min"),
         ],
         sections=[
@@ -590,10 +558,7 @@ def write_page(result: QuickstartResult) -> Path:
             _words_section(result),
             _scores_section(result),
             _training_section(result.folder),
-            Section(
-                title="Time",
-                tables=[Table(columns=("step", "seconds"), rows=[*result.seconds.items()])],
-            ),
+            Section(title="Time", tables=[Table(columns=("step", "seconds"), rows=times)]),
             _commands_section(result.folder, result.examples),
         ],
     )
@@ -638,26 +603,24 @@ def _beside(example: Example) -> CaptionedImage:
     both = Image.new("RGB", (2 * halves[0].width + 12, halves[0].height), "white")
     for index, half in enumerate(halves):
         both.paste(half, (index * (half.width + 12), 0))
-    counts = label_accuracy(example.annotated)
+    counts = LabelAccuracy.of(example.annotated)
     caption = f"{example.image.name}: {counts.objects} objects, {counts.found} found, {counts.right} with the right label"
     return CaptionedImage(image=both, caption=caption)
 
 
 def _labels_section(result: QuickstartResult) -> Section:
     rows: list[tuple[str | float | int | None, ...]] = []
-    groups = {
-        "base classes": [item for item in result.annotated if not item.novel],
-        "novel classes": [item for item in result.annotated if item.novel],
-    }
-    for title, objects in groups.items():
-        counts = label_accuracy(objects)
-        found = [item for item in objects if item.label is not None]
+    for title, novel in (("base classes", False), ("novel classes", True)):
+        counts = result.labels(novel=novel)
         words = [
-            sum(item.name.split()[place] == str(item.label).split()[place] for item in found)
-            for place in range(3)
+            (item.name.split(), item.label.split())
+            for item in result.annotated
+            if item.novel == novel and item.label is not None
         ]
-        shares = [_number(right / len(found) if found else None) for right in words]
-        rows.append((title, counts.objects, counts.found, _number(counts.share), *shares))
+        right = [counts.right]
+        right += [sum(true[place] == named[place] for true, named in words) for place in range(3)]
+        shares = [_number(number / counts.found if counts.found else None) for number in right]
+        rows.append((title, counts.objects, counts.found, *shares))
     shapes = sorted({item.name.split()[2] for item in result.annotated})
     taken = Counter(
         (item.name.split()[2], item.label.split()[2]) for item in result.annotated if item.label
@@ -726,16 +689,12 @@ def _scores_section(result: QuickstartResult) -> Section:
 def _training_section(folder: QuickstartFolder) -> Section:
     lines = folder.run.metrics.read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    curves = {
-        title: [
-            (record["iteration"], record["losses"][name])
-            for record in records
-            if name in record["losses"]
-        ]
-        for name, (title, _) in LOSS_NAMES.items()
-    }
-    shown = {title: points for title, points in curves.items() if points}
-    rows = [(title, meaning) for title, meaning in LOSS_NAMES.values() if title in shown]
+    shown, rows = {}, []
+    for name, (title, meaning) in LOSS_NAMES.items():
+        points = [(r["iteration"], r["losses"][name]) for r in records if name in r["losses"]]
+        if points:
+            shown[title] = points
+            rows.append((title, meaning))
     return Section(
         title="Training",
         text="Losses against iterations. They should fall and then level off. Only the loss of the boxes may rise: it is summed over the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -80,20 +80,11 @@ def _headline(fields: Fields) -> Fields:
 
 
 class LineTask:
-    """A task that writes a line every :data:`LINE_INTERVAL` seconds.
-
-    Args:
-        description: What is being done.
-        total: Units in all, None when unknown.
-        unit: What is counted.
-        done: Units done before.
-    """
+    """A task that writes a line every :data:`LINE_INTERVAL` seconds; arguments as of :meth:`Progress.task`."""
 
     def __init__(self, description: str, total: float | None, unit: str, done: float) -> None:
-        self.description = description
-        self.total = total
-        self.unit = unit
-        self.done = done
+        self.describe(description)
+        self.total, self.unit, self.done = total, unit, done
         self._done_before = done
         self._started = self._last_line = time.monotonic()
         self._fields: Fields = {}
@@ -107,7 +98,7 @@ class LineTask:
         if now - self._last_line >= LINE_INTERVAL:
             self._last_line = now
             self._lines += 1
-            self._write(self._progress(now))
+            self._write(self._progress(now - self._started), now - self._started)
 
     def describe(self, description: str) -> None:
         """Change what the lines say is being done."""
@@ -118,27 +109,22 @@ class LineTask:
         elapsed = time.monotonic() - self._started
         if self._lines or elapsed >= 1:
             counted = f"{amount(self.done, None, self.unit)} in " if self.done or self.unit else ""
-            speed = self._speed(elapsed)
-            self._write(f"{counted}{duration(elapsed)}{f', {speed}' if speed else ''}")
+            self._write(f"{counted}{duration(elapsed)}", elapsed)
 
-    def _progress(self, now: float) -> str:
-        parts = [amount(self.done, self.total, self.unit)]
-        made = self.done - self._done_before
+    def _progress(self, seconds: float) -> str:
+        text, made = amount(self.done, self.total, self.unit), self.done - self._done_before
         if self.total and made > 0:
-            left = (now - self._started) / made * max(self.total - self.done, 0)
-            parts = [f"{parts[0]} ({self.done / self.total:.0%})", f"{duration(left)} left"]
-        return ", ".join(filter(None, [*parts, self._speed(now - self._started)]))
+            left = seconds / made * max(self.total - self.done, 0)
+            text += f" ({self.done / self.total:.0%}), {duration(left)} left"
+        return text
 
-    def _speed(self, seconds: float) -> str:
-        """Say how many bytes a second were done; nothing where no bytes are counted."""
+    def _write(self, text: str, seconds: float) -> None:
+        """Write a line, with the bytes a second where bytes are counted."""
         made = self.done - self._done_before
-        counted = self.unit == "B" and made > 0 and seconds > 0
-        return f"{amount(made / seconds, None, 'B')}/s" if counted else ""
-
-    def _write(self, text: str) -> None:
-        Output().message(
-            "  ".join(filter(None, [f"{self.description}: {text}", _in_words(self._fields)]))
-        )
+        if self.unit == "B" and made > 0 and seconds > 0:
+            text += f", {amount(made / seconds, None, 'B')}/s"
+        line = [f"{self.description}: {text}", _in_words(self._fields)]
+        Output().message("  ".join(filter(None, line)))
 
 
 class LineProgress:
@@ -188,33 +174,26 @@ class BarProgress:
         self, description: str, *, total: float | None = None, unit: str = "", done: float = 0
     ) -> Iterator[Task]:
         """Run a task under a bar of its own; the bar of the outermost task stays on screen."""
-        bars = self._enter()
-        task_id = bars.add_task(printable(description), total=total, unit=unit, shown="")
-        bars.update(task_id, completed=done)
-        try:
-            yield _BarTask(self, bars, task_id)
-        finally:
-            self._leave(bars, task_id)
-
-    def _enter(self) -> RichProgress:
         with self._lock:
             if self._bars is None:
                 self._bars = _make_bars()
                 self._bars.get_renderables = self._renderables  # type: ignore[method-assign]
                 self._bars.start()
             self._open += 1
-            return self._bars
-
-    def _leave(self, bars: RichProgress, task_id: TaskID) -> None:
-        with self._lock:
-            self._open -= 1
-            if self._open:
-                bars.remove_task(task_id)
-                return
-            bars.stop_task(task_id)
-            bars.stop()
-            self._bars = None
-            self.table = None
+            bars = self._bars
+        task_id = bars.add_task(printable(description), total=total, unit=unit, shown="")
+        bars.update(task_id, completed=done)
+        try:
+            yield _BarTask(self, bars, task_id)
+        finally:
+            with self._lock:
+                self._open -= 1
+                if self._open:
+                    bars.remove_task(task_id)
+                else:
+                    bars.stop_task(task_id)
+                    bars.stop()
+                    self._bars = self.table = None
 
     def _renderables(self) -> Iterator[RenderableType]:
         if self.table is not None:
@@ -229,39 +208,36 @@ def _make_bars() -> RichProgress:
     from rich.progress import Progress as RichProgress
     from rich.text import Text
 
-    class AmountColumn(ProgressColumn):
-        """How much is done, in the task's own unit."""
+    class Column(ProgressColumn):
+        """What a function says of a task."""
+
+        def __init__(self, say: Callable[[Any], str], max_refresh: float | None = None) -> None:
+            super().__init__()
+            self.say, self.max_refresh = say, max_refresh
 
         def render(self, task: Any) -> Text:
-            unit = task.fields["unit"]
-            uncounted = task.total is None and not task.completed and not unit
-            return Text("" if uncounted else amount(task.completed, task.total, unit))
+            return Text(self.say(task))
 
-    class LeftColumn(ProgressColumn):
-        """The time left, where it is known."""
+    def done(task: Any) -> str:
+        unit = task.fields["unit"]
+        uncounted = task.total is None and not task.completed and not unit
+        return "" if uncounted else amount(task.completed, task.total, unit)
 
-        max_refresh = 0.5
+    def left(task: Any) -> str:
+        seconds = task.time_remaining
+        return "" if seconds is None or task.finished else f"{duration(seconds)} left"
 
-        def render(self, task: Any) -> Text:
-            left = task.time_remaining
-            return Text("" if left is None or task.finished else f"{duration(left)} left")
-
-    class SpeedColumn(ProgressColumn):
-        """How many bytes a second, where bytes are counted."""
-
-        max_refresh = 0.5
-
-        def render(self, task: Any) -> Text:
-            counted = task.fields["unit"] == "B" and task.speed
-            return Text(f"{amount(task.speed, None, 'B')}/s" if counted else "")
+    def speed(task: Any) -> str:
+        counted = task.fields["unit"] == "B" and task.speed
+        return f"{amount(task.speed, None, 'B')}/s" if counted else ""
 
     return RichProgress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        AmountColumn(),
-        SpeedColumn(),
+        Column(done),
+        Column(speed, 0.5),
         TimeElapsedColumn(),
-        LeftColumn(),
+        Column(left, 0.5),
         TextColumn("{task.fields[shown]}", markup=False),
         console=Console(stderr=True),
     )
@@ -277,29 +253,21 @@ class NotebookProgress:
         """Run a task under a tqdm bar."""
         from tqdm.auto import tqdm
 
-        with tqdm(
-            desc=description,
-            total=total,
-            initial=done,
-            unit=unit or "it",
-            unit_scale=unit == "B",
-        ) as bar:
+        unit, scale = unit or "it", unit == "B"
+        with tqdm(desc=description, total=total, initial=done, unit=unit, unit_scale=scale) as bar:
             yield _TqdmTask(bar)
 
 
 class _TqdmTask:
     def __init__(self, bar: Any) -> None:
         self._bar = bar
+        self.describe = bar.set_description
 
     def advance(self, amount: float = 1, **fields: str | float) -> None:
         """Move the bar."""
         self._bar.update(amount)
         if fields:
             self._bar.set_postfix(fields, refresh=False)
-
-    def describe(self, description: str) -> None:
-        """Change the text in front of the bar."""
-        self._bar.set_description(description)
 
 
 def parts_table(parts: Fields) -> Table:
@@ -314,19 +282,10 @@ def parts_table(parts: Fields) -> Table:
     cells = [(name.removeprefix("loss_"), _number(parts[name], ".4f")) for name in losses]
     height = -(-len(cells) // _COLUMNS)
     for row in range(height):
-        line: list[str] = []
-        for column in range(_COLUMNS):
-            index = column * height + row
-            line += cells[index] if index < len(cells) else ("", "")
-        table.add_row(*line)
-    machine = [
-        word
-        for name, shown in _MACHINE.items()
-        if name in parts
-        for word in (shown, _number(parts[name], ".4g"))
-    ]
+        table.add_row(*(word for cell in cells[row::height] for word in cell))
+    machine = [(shown, _number(parts[k], ".4g")) for k, shown in _MACHINE.items() if k in parts]
     if machine:
-        table.add_row(*machine)
+        table.add_row(*(word for cell in machine for word in cell))
     return table
 
 

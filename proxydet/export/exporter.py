@@ -40,7 +40,7 @@ from proxydet.export.runtime import (
     Outputs,
     check_exported,
     check_finite,
-    scorer_inputs,
+    graph_inputs,
     to_image,
 )
 from proxydet.files import staged, write_errors
@@ -231,12 +231,7 @@ def export_detector(
 
 
 def describe(detector: Detector, vocabulary: Vocabulary | None = None) -> ExportMetadata:
-    """Return what an exported file says of itself.
-
-    Args:
-        detector: What is exported.
-        vocabulary: What is saved next to it.
-    """
+    """Return what an exported file says of itself, and of the vocabulary that is saved next to it."""
     settings, config = detector.inference, detector.network.config
     return ExportMetadata(
         proxydet_version=__version__,
@@ -371,16 +366,8 @@ class TorchProgram:
     @torch.inference_mode()
     def run(self, scaled_hw3: Pixels, vocabulary: Vocabulary, score_threshold: float) -> Outputs:
         """Run the graph; see `proxydet.export.runtime.OnnxDetector.run`."""
-        outputs = self._module(
-            torch.from_numpy(scaled_hw3),
-            torch.from_numpy(vocabulary.embeddings.copy()),
-            torch.from_numpy(vocabulary.base.copy()),
-            torch.tensor(score_threshold, dtype=torch.float32),
-            *(
-                torch.from_numpy(v.copy())
-                for v in scorer_inputs(vocabulary, self.metadata).values()
-            ),
-        )
+        inputs = graph_inputs(scaled_hw3, vocabulary, score_threshold, self.metadata)
+        outputs = self._module(*(torch.from_numpy(value.copy()) for value in inputs.values()))
         arrays = {name: tensor.numpy() for name, tensor in outputs.items()}
         check_finite(arrays)
         return arrays
@@ -406,25 +393,27 @@ def _prove(
     first, second = _PROOF_SIZES
     cases = [(first, training), (second, training.subset(training.names[:1]))]
     if len(training) > 1:  # not all of them can be background
-        cases.append((second, _scorers_of_all_kinds(training)))
-    for (height, width), classes in cases:
-        own_size = Detector(
-            detector.network,
-            inference=detector.inference,
-            shortest=min(height, width),
-            longest=max(height, width),
+        place_C = np.arange(len(training))
+        scored = training.with_scorers(
+            bias=np.sin(place_C),
+            scale=1 + 0.2 * np.cos(place_C),
+            threshold=np.where(place_C % 3 == 1, 0.1, np.nan),
+            background=place_C % 4 == 3,
         )
-        name, pixels_HW3 = f"synthetic {width} x {height}", synthetic_image(height, width)
+        cases.append((second, scored))
+    for size, classes in cases:
+        own_size = Detector(
+            detector.network, inference=detector.inference, shortest=min(size), longest=max(size)
+        )
+        name, pixels_HW3 = f"synthetic {size[1]} x {size[0]}", synthetic_image(*size)
         results.append(
             compare(own_size, exported, pixels_HW3, classes, name=name, score_threshold=0.0)
         )
-    threshold = detector.inference.score_threshold
-    for name, pixels_HW3 in images:
-        results.append(
-            compare(
-                detector, exported, pixels_HW3, vocabulary, name=name, score_threshold=threshold
-            )
-        )
+    above = detector.inference.score_threshold
+    results += [
+        compare(detector, exported, pixels_HW3, vocabulary, name=name, score_threshold=above)
+        for name, pixels_HW3 in images
+    ]
     if not any(result.detections for result in results):
         raise DataError(
             "nothing was found in any image, so nothing shows that the file is right",
@@ -438,16 +427,6 @@ def _prove(
                 hint="please report it together with the output of: proxydet env",
             )
     return tuple(results)
-
-
-def _scorers_of_all_kinds(vocabulary: Vocabulary) -> Vocabulary:
-    place_C = np.arange(len(vocabulary))
-    return vocabulary.with_scorers(
-        bias=np.sin(place_C),
-        scale=1 + 0.2 * np.cos(place_C),
-        threshold=np.where(place_C % 3 == 1, 0.1, np.nan),
-        background=place_C % 4 == 3,
-    )
 
 
 def synthetic_image(height: int, width: int, seed: int = 0) -> Pixels:

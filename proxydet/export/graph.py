@@ -289,17 +289,14 @@ def _make_convolutions_plain(module: nn.Module) -> None:
         if not isinstance(child, Conv2d):
             _make_convolutions_plain(child)
             continue
+        settings = ("stride", "padding", "dilation", "groups", "padding_mode")
         plain = nn.Conv2d(
             child.in_channels,
             child.out_channels,
             child.kernel_size,
-            stride=child.stride,
-            padding=child.padding,
-            dilation=child.dilation,
-            groups=child.groups,
             bias=child.bias is not None,
-            padding_mode=child.padding_mode,
             device="meta",
+            **{name: getattr(child, name) for name in settings},
         )
         plain.weight, plain.bias = child.weight, child.bias
         layers: list[nn.Module] = [plain]
@@ -380,10 +377,8 @@ class DetectorGraph(nn.Module):
         network = self.network
         height, width = image.shape[0], image.shape[1]
         pixels = (image.permute(2, 0, 1).float() - network.pixel_mean) / network.pixel_std
-        down, right = (
-            _round_up(length, network.backbone.size_divisibility) - length
-            for length in (height, width)
-        )
+        divisor = network.backbone.size_divisibility
+        down, right = (_round_up(length, divisor) - length for length in (height, width))
         pixels = functional.pad(pixels, (0, right, 0, down))[None]
         features = list(network.backbone(pixels).values())
 
@@ -391,10 +386,9 @@ class DetectorGraph(nn.Module):
         regions = self._propose(centernet)
 
         levels = network.config.pyramid.all_levels
+        pooled = network.config.cascade.pool_levels
         batch = FeatureBatch(
-            features=[
-                features[levels.index(level)] for level in network.config.cascade.pool_levels
-            ],
+            features=[features[levels.index(level)] for level in pooled],
             sizes_B2=torch.stack([torch.full((), height), torch.full((), width)])[None].float(),
         )
         embedded = network.roi_heads.embed(batch, regions)
@@ -414,12 +408,8 @@ class DetectorGraph(nn.Module):
             outputs["masks"] = network.roi_heads.mask_probabilities(batch, boxes_M4, image_M)
             outputs["mask_index"] = (used_R.long().cumsum(0) - 1)[regions_L]
 
-        values = [
-            *centernet.heatmaps,
-            *centernet.distances,
-            *embedded.detection,
-            embedded.boxes_BR4,
-        ]
+        values = [*centernet.heatmaps, *centernet.distances, *embedded.detection]
+        values.append(embedded.boxes_BR4)
         if embedded.mixup_BRD is not None:
             values.append(embedded.mixup_BRD)
         finite = torch.stack([tensor.isfinite().all() for tensor in values]).all()
@@ -429,9 +419,8 @@ class DetectorGraph(nn.Module):
         """As `proxydet.modeling.centernet.CenterNet.propose`, padded to a fixed number of candidates and of regions."""
         config = self.network.config.proposals
         boxes, scores = [], []
-        for heatmap, distances, stride in zip(
-            output.heatmaps, output.distances, output.strides, strict=True
-        ):
+        levels = zip(output.heatmaps, output.distances, output.strides, strict=True)
+        for heatmap, distances, stride in levels:
             points_M2 = cell_centres(heatmap.shape[2], heatmap.shape[3], stride, heatmap.device)
             probability_M = heatmap.flatten().sigmoid()
             # A coarse level can have fewer cells than candidates: cells that do not exist score 0.
@@ -469,9 +458,8 @@ class DetectorGraph(nn.Module):
             shown_RC = (scores_RC > threshold_C) & (scores_RC > floor_R1) & ~background_C
             scores_RC = torch.where(shown_RC, scores_RC, -1.0)
         elif settings.one_class_per_proposal:
-            scores_RC = torch.where(
-                scores_RC == scores_RC.amax(dim=1, keepdim=True), scores_RC, 0.0
-            )
+            best_R1 = scores_RC.amax(dim=1, keepdim=True)
+            scores_RC = torch.where(scores_RC == best_R1, scores_RC, 0.0)
         class_R: Tensor | None = None
         if settings.agnostic_nms:
             best_R, class_R = scores_RC.max(dim=1)

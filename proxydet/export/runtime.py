@@ -305,35 +305,33 @@ class OnnxDetector:
             NumericsError: The network gave values that are not finite.
             VocabularyError: The classes are not plain text, and the file takes no others.
         """
-        values = (
-            np.ascontiguousarray(scaled_hw3),
-            vocabulary.embeddings,
-            vocabulary.base,
-            np.float32(score_threshold),
-        )
-        inputs = dict(zip(INPUTS, (np.asarray(value) for value in values), strict=True))
-        inputs |= scorer_inputs(vocabulary, self.metadata)
+        inputs = graph_inputs(scaled_hw3, vocabulary, score_threshold, self.metadata)
         names = OUTPUTS if self.metadata.masks else BOX_OUTPUTS
         outputs = dict(zip(names, self._session.run(list(names), inputs), strict=True))
         check_finite(outputs)
         return outputs
 
 
-def scorer_inputs(vocabulary: Vocabulary, metadata: ExportMetadata) -> Outputs:
-    """Return the inputs for classes that are not plain text; none for a file that has no such inputs.
+def graph_inputs(
+    scaled_hw3: Pixels, vocabulary: Vocabulary, score_threshold: float, metadata: ExportMetadata
+) -> Outputs:
+    """Return the inputs of a file's graph by name, in their order.
 
     Raises:
         VocabularyError: The classes are not plain text, and the file takes no others.
     """
+    image, threshold = np.ascontiguousarray(scaled_hw3), np.array(score_threshold, np.float32)
+    values = (image, vocabulary.embeddings, vocabulary.base, threshold)
+    inputs: Outputs = dict(zip(INPUTS, values, strict=True))
     if metadata.scorers:
-        return {name: vocabulary.scorers[name] for name in SCORER_INPUTS}
+        return inputs | {name: vocabulary.scorers[name] for name in SCORER_INPUTS}
     if not vocabulary.plain:
         raise VocabularyError(
             f"the classes have a bias, scale, threshold or background, for which this file of proxydet {metadata.proxydet_version} "
             "has no inputs",
             hint="export the detector again with: proxydet export",
         )
-    return {}
+    return inputs
 
 
 def check_finite(outputs: Outputs) -> None:

@@ -15,7 +15,6 @@ from proxydet.quickstart import (
     LabelAccuracy,
     QuickstartFolder,
     compare_mixup,
-    label_accuracy,
     quickstart_config,
     run_quickstart,
 )
@@ -111,9 +110,9 @@ def test_a_right_label_is_one_that_names_the_class():
         Annotated(name="red plain star", box_xyxy=box, novel=True, label=label)
         for label in ("red plain star", "red plain circle", None)
     ]
-    assert label_accuracy(objects) == LabelAccuracy(objects=3, found=2, right=1)
-    assert label_accuracy(objects).share == 0.5
-    assert label_accuracy(objects[2:]).share is None
+    assert LabelAccuracy.of(objects) == LabelAccuracy(objects=3, found=2, right=1)
+    assert LabelAccuracy.of(objects).percent == "50.0%"
+    assert LabelAccuracy.of(objects[2:]).percent == "-"
 
 
 def test_every_command_of_the_report_works(done, cli, monkeypatch, tmp_path):

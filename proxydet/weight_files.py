@@ -37,7 +37,6 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.artifacts import Catalogue
 from proxydet.errors import CheckpointError, InputError, RuntimeEnvironmentError
 from proxydet.files import (
     PLACEHOLDER_BYTES,
@@ -301,6 +300,9 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
         if not path.is_file():
             name = None
             with contextlib.suppress(InputError):  # of a damaged catalogue
+                # It reads YAML, which running an ONNX file does without.
+                from proxydet.artifacts import Catalogue
+
                 name = None if path.exists() else Catalogue.load().name_of_source(path)
             fetched = path.absolute().is_relative_to(models_folder().absolute())
             where = "check its path; a run's are in RUN/checkpoints, published ones come with proxydet download"

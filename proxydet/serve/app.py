@@ -129,7 +129,7 @@ _KINDS = {
     503: ("busy", "loading", "failed", "stopping"),
     504: ("timeout",),
 }
-"""By HTTP status, the kinds of errors that have it; see ``docs/reference/server.md``."""
+"""By HTTP status, the kinds of errors that have it."""
 
 _KINDS_OF_THE_CORE: tuple[tuple[type[ProxydetError], str], ...] = (
     (VocabularyError, "words"),

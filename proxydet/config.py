@@ -13,6 +13,7 @@ mapping is an error. TOML files are read here too.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -236,7 +237,15 @@ def _coerce(annotation: Any, value: Any, where: str) -> Any:
     """Check a plain value against an annotation and return it in the annotated type."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
-        return _coerce_union(annotation, value, where)
+        if value is None and type(None) in get_args(annotation):
+            return None
+        others = [member for member in get_args(annotation) if member is not type(None)]
+        if len(others) == 1:
+            return _coerce(others[0], value, where)
+        for member in others:
+            with contextlib.suppress(ConfigError):
+                return _coerce(member, value, where)
+        raise _type_error(where, type_name(annotation), value)
     if origin is Literal:
         choices = get_args(annotation)
         if any(value == choice and type(value) is type(choice) for choice in choices):
@@ -262,10 +271,6 @@ def _coerce(annotation: Any, value: Any, where: str) -> Any:
     nested = config_class(annotation)
     if nested is not None:
         return value if isinstance(value, nested) else from_mapping(nested, value, where)
-    return _coerce_scalar(annotation, value, where)
-
-
-def _coerce_scalar(annotation: Any, value: Any, where: str) -> Any:
     if annotation is Path and isinstance(value, str) and value:
         return Path(value)
     integer = isinstance(value, int) and not isinstance(value, bool)
@@ -277,21 +282,6 @@ def _coerce_scalar(annotation: Any, value: Any, where: str) -> Any:
     if wrong or (isinstance(value, float) and math.isnan(value)):
         raise _type_error(where, type_name(annotation), value)
     return value
-
-
-def _coerce_union(annotation: Any, value: Any, where: str) -> Any:
-    members = get_args(annotation)
-    if value is None and type(None) in members:
-        return None
-    others = [member for member in members if member is not type(None)]
-    if len(others) == 1:
-        return _coerce(others[0], value, where)
-    for member in others:
-        try:
-            return _coerce(member, value, where)
-        except ConfigError:
-            continue
-    raise _type_error(where, type_name(annotation), value)
 
 
 def _plain(value: Any) -> Any:
@@ -580,7 +570,13 @@ def parse_overrides(cls: type, assignments: Iterable[str]) -> dict[str, Any]:
                 f"The override {assignment!r} is not of the form key=value.",
                 hint="write for example --set training.iterations=1000",
             )
-        value = _override_value(_key_type(cls, key), f"The value of {key}", text.strip())
+        members, text = _members(_key_type(cls, key)), text.strip()
+        value: Any = text
+        if not {str, Path}.intersection(members) or text.startswith(('"', "'")):
+            only_text = any(_holds_text(member) for member in members)
+            value = parse_yaml(text, f"The value of {key}", only_text=only_text)
+        elif type(None) in members and text in ("null", "Null", "NULL", "~", ""):
+            value = None
         for part in reversed(key.split(".")):
             value = {part: value}
         changes = overlay(changes, cast("dict[str, Any]", value))
@@ -653,15 +649,6 @@ def _key_type(root: type, key: str) -> Any:
     if leaf not in field_types(cls):
         raise _unknown_key_error(cls, leaf, where, root)
     return field_types(cls)[leaf]
-
-
-def _override_value(annotation: Any, where: str, text: str) -> Any:
-    members = _members(annotation)
-    if {str, Path}.intersection(members) and not text.startswith(('"', "'")):
-        none = type(None) in members and text in ("null", "Null", "NULL", "~", "")
-        return None if none else text
-    only_text = any(_holds_text(member) for member in members)
-    return parse_yaml(text, where, only_text=only_text)
 
 
 def _holds_text(annotation: Any) -> bool:

@@ -164,7 +164,7 @@ def require_signature(function: Any, key: str, path: str, *names: str, positiona
     except (TypeError, ValueError) as error:
         given = ", ".join([*["..."] * positional, *(f"{name}=..." for name in names)])
         raise ConfigError(
-            f"{key} is {path}, which is called as {path.rpartition(':')[2]}({given}), and cannot be: {error}.",
+            f"{key} is {path}, which cannot be called as {path.rpartition(':')[2]}({given}): {error}.",
             hint='give it these parameters; the how-to page "Change the method" has an example of each kind',
         ) from error
 

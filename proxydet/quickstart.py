@@ -445,7 +445,7 @@ def compare_mixup(
     if len(set(seeds)) < max(LEAST_SEEDS, len(seeds)):
         raise ConfigError(
             f"A comparison needs at least {LEAST_SEEDS} different seeds, not {list(seeds)}.",
-            hint="one pair of runs says little: the difference of two runs that differ by seed alone may be as large",
+            hint="a single pair of runs proves little: two runs that differ only in their seed may differ as much",
         )
     folder = QuickstartFolder(output.resolve())
     with folder.held():
@@ -512,11 +512,11 @@ LOSS_NAMES = {
     "total": ("sum of all losses", "what training makes smaller"),
     "loss_centernet_agn_pos": (
         "proposals: heatmap, objects",
-        "how surely the centre of each object is taken for one",
+        "how confidently the centres of objects are predicted",
     ),
     "loss_centernet_agn_neg": (
         "proposals: heatmap, elsewhere",
-        "how surely everything else is not taken for an object",
+        "how confidently everything else is rejected",
     ),
     "loss_centernet_loc": ("proposals: boxes", "1 minus the overlap (GIoU) of proposed boxes"),
     "loss_cls_stage2": (
@@ -548,9 +548,9 @@ def write_page(result: QuickstartResult) -> Path:
             "that no training box shows. It finds them by comparing regions with the text embeddings of their names."
         ),
         facts=[
-            ("right labels, base classes", result.labels(novel=False).percent),
-            ("right labels, novel classes", result.labels(novel=True).percent),
-            ("time in all", f"{total / 60:.1f} min"),
+            ("correct labels, base classes", result.labels(novel=False).percent),
+            ("correct labels, novel classes", result.labels(novel=True).percent),
+            ("total time", f"{total / 60:.1f} min"),
         ],
         sections=[
             _found_section(result),
@@ -570,10 +570,10 @@ _RIGHT, _WRONG, _OTHER, _TRUTH = (30, 132, 73), (190, 45, 38), (96, 96, 96), (25
 
 def _found_section(result: QuickstartResult) -> Section:
     return Section(
-        title="What it finds",
+        title="Detections",
         text="Validation images, not seen in training, searched for every class of the data set: on the left what they hold, "
         "on the right what was found with a score above "
-        f"{SHOWN_ABOVE:g}. Green labels are right, red ones wrong, grey boxes are of no annotated object. "
+        f"{SHOWN_ABOVE:g}. Green labels are correct, red ones wrong; grey boxes match no annotated object. "
         "Novel classes, of which training showed no box, are marked (novel).",
         images=[_beside(example) for example in result.examples],
     )
@@ -604,7 +604,7 @@ def _beside(example: Example) -> CaptionedImage:
     for index, half in enumerate(halves):
         both.paste(half, (index * (half.width + 12), 0))
     counts = LabelAccuracy.of(example.annotated)
-    caption = f"{example.image.name}: {counts.objects} objects, {counts.found} found, {counts.right} with the right label"
+    caption = f"{example.image.name}: {counts.objects} objects, {counts.found} found, {counts.right} with the correct label"
     return CaptionedImage(image=both, caption=caption)
 
 
@@ -626,13 +626,13 @@ def _labels_section(result: QuickstartResult) -> Section:
         (item.name.split()[2], item.label.split()[2]) for item in result.annotated if item.label
     )
     return Section(
-        title="Right and wrong labels",
+        title="Correct and wrong labels",
         text=f"Of each annotated object the best detection that overlaps it by more than {WELL_PLACED:g} (IoU): does its label "
         "name the class? Also word by word, in percent of the objects found. The second table counts which shapes were "
         "taken for which: a row for each true shape, a column for each that was named.",
         tables=[
             Table(
-                columns=("", "objects", "found", "right label", "colour", "texture", "shape"),
+                columns=("", "objects", "found", "correct label", "colour", "texture", "shape"),
                 rows=rows,
             ),
             Table(
@@ -652,8 +652,8 @@ def _words_section(result: QuickstartResult) -> Section:
         images.append(CaptionedImage(image=drawn, caption=f"{example.image.name}"))
     asked = ", ".join(result.examples[0].asked) if result.examples else ""
     return Section(
-        title="What it finds when asked for other words",
-        text=f"The same images, searched for these names only: {asked}.",
+        title="Detections of other class names",
+        text=f"The same images, with these class names only: {asked}.",
         images=images,
     )
 

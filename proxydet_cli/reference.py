@@ -66,21 +66,16 @@ Defaults below are those of the dataclasses, which are the published R50's; a re
 
 def configuration_page() -> str:
     """Describe every recipe and every key, as one Markdown page."""
+    docs = {name: " ".join((inspect.getdoc(made) or "").split()) for name, made in RECIPES.items()}
+    recipes = [f"| `{name}` | {_cell(text)} |" for name, text in docs.items()]
     parts = [
         _CONFIGURATION,
         "## Recipes",
-        _recipes(),
+        "\n".join(["| recipe | what it is |", "|---|---|", *recipes]),
         "## Keys",
         *_sections(RunConfig, to_mapping(RunConfig()), ""),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _recipes() -> str:
-    rows = ["| recipe | what it is |", "|---|---|"]
-    for name, function in RECIPES.items():
-        rows.append(f"| `{name}` | {_cell(' '.join((inspect.getdoc(function) or '').split()))} |")
-    return "\n".join(rows)
 
 
 def _sections(cls: type, values: Mapping[str, Any], where: str) -> list[str]:
@@ -103,16 +98,12 @@ def _sections(cls: type, values: Mapping[str, Any], where: str) -> list[str]:
             text = f"{docs[name]} {' '.join(summary.split())}{null}"
             nested += [f"### {path}", text, *_sections(inner, values[name], path)]
         else:
-            cells = (type_name(annotation), f"`{_default(values[name])}`", docs[name])
+            default = scalar_text(values[name])
+            assert parse_yaml(default) == values[name], default
+            cells = (type_name(annotation), f"`{default}`", docs[name])
             rows.append(f"| `{path}` | {' | '.join(map(_cell, cells))} |")
     table = ["\n".join(rows)] if len(rows) > 2 else []
     return [*table, *nested]
-
-
-def _default(value: Any) -> str:
-    text = scalar_text(value)
-    assert parse_yaml(text) == value, text
-    return text
 
 
 def _cell(text: str) -> str:
@@ -265,22 +256,15 @@ def tutorial_notebook() -> str:
     install = "%pip install --quiet proxydet\n!proxydet setup"
     cells: list[dict[str, Any]] = []
     for index, text in enumerate([parts[0], install, *parts[1:]]):
-        cell: dict[str, Any] = {
-            "id": f"cell-{index}",
-            "metadata": {},
-            "source": text.strip().splitlines(keepends=True),
-        }
+        source = text.strip().splitlines(keepends=True)
+        cell: dict[str, Any] = {"id": f"cell-{index}", "metadata": {}, "source": source}
         if index == 1 or (index > 1 and index % 2 == 0):
             cells.append({"cell_type": "code", "execution_count": None, "outputs": [], **cell})
         else:
             cells.append({"cell_type": "markdown", **cell})
     python = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook = {
-        "cells": cells,
-        "metadata": {"kernelspec": python},
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+    metadata = {"kernelspec": python}
+    notebook = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 

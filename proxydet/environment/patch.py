@@ -275,9 +275,9 @@ def _recognise(source: bytes) -> tuple[PatchState, str, str]:
         where = "in ROIAlign.forward" if diff else "outside ROIAlign.forward"
         return "altered", f"its code differs from detectron2 0.6's {where}", diff
     if not done:
-        return "original", "the call is detectron2's own", ""
+        return "original", "the call is unchanged", ""
     if len(done) == len(_PARTS):
-        return "applied", "the call carries the published change", ""
+        return "applied", "the call has the published change", ""
     missing = ", ".join(part for part in _PARTS if part not in done)
     reason = f"only a part of the published change is present: {', '.join(done)}, but not {missing}"
     return "half", reason, diff

@@ -41,7 +41,7 @@ def run_program(command: Sequence[str], *, seconds: float = 10) -> Fact:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Fact(None, f"{command[0]} did not answer within {seconds:g} s")
+        return Fact(None, f"{command[0]} did not finish within {seconds:g} s")
     except OSError as error:
         return Fact(None, f"{command[0]} does not run: {error.strerror or error}")
     if done.returncode != 0:

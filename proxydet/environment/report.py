@@ -286,7 +286,7 @@ def _gpu(fact: Fact, facts: Facts) -> Judgement:
 def _driver(fact: Fact, _facts: Facts) -> Judgement:
     if fact.problem and fact.value is not None:
         return "will fail", "update the driver, or install a torch for an older CUDA"
-    return "harmless", "kernels come with torch"
+    return "harmless", "the kernels come with torch"
 
 
 def _gpu_names(fact: Fact, facts: Facts) -> Judgement:
@@ -301,14 +301,17 @@ def _gpu_names(fact: Fact, facts: Facts) -> Judgement:
                 break
         else:
             return "will fail", f"this torch has no code for sm_{arch_number}, only {built}"
-    return "may change results", "another GPU takes other kernels, which add in another order"
+    return "may change results", "another GPU uses other kernels, which sum in another order"
 
 
 def _gpu_memory(fact: Fact, _facts: Facts) -> Judgement:
     # A card sold as 32 GB shows a little less.
     if min(float(part.split()[0]) for part in (fact.value or "0 GiB").split("; ")) >= 31:
         return "harmless", "enough for the published batch"
-    return "may change results", "the published batch may not fit; another changes results"
+    return (
+        "may change results",
+        "the published batch may not fit, and another batch size changes results",
+    )
 
 
 def _tf32(fact: Fact, _facts: Facts) -> Judgement:
@@ -346,8 +349,8 @@ GCC 7.3; C++ 201402; MKL 2020.0.0; MKL-DNN 2.5.2; OpenMP 4.5; LAPACK; NNPACK; AV
 architectures 3.7, 5.0, 6.0, 7.0, 7.5, 8.0, 8.6; CuDNN 8.2; Magma 2.5.2"""
 
 _NO_NUMBER = "no number depends on it"
-_LATER = "a later detectron2 than the published"
-_OWN_MODULE = "detectron2 runs that module of yours when it starts"
+_LATER = "newer than the detectron2 of the published training"
+_OWN_MODULE = "detectron2 imports this module of yours when it starts"
 _NMS = "RoIAlign and NMS are its operators"
 _ARCHITECTURES = "3.5, 5.0, 6.0, 7.0, 7.5, 8.0, 8.6"
 _SAME_ON_EACH = "it computes the same on each"
@@ -356,11 +359,11 @@ _NCCL = "training on several GPUs needs NCCL, which is on Linux only"
 _SEEDED = "its seeded random stream is the same in all versions (NEP 19)"
 _DECODED = "41 photographs decoded and resized alike, byte for byte, by 9.2.0 and 13.0"
 _KERNELS = "kernels and the order of sums differ between versions"
-_SPREAD = "the published batch is spread over 8 GPUs, each drawing its own images"
+_SPREAD = "the published batch is spread over 8 GPUs, and each draws its own images"
 _TORCH = _loads(
     "torch",
     "nothing runs without torch: reinstall proxydet",
-    "torch is there but damaged, or built for other system libraries",
+    "torch is installed but damaged, or built for other system libraries",
 )
 _TORCHVISION = _loads(
     "torchvision",
@@ -397,8 +400,8 @@ _TABLE: dict[str, list[_Row]] = {
         _Row("torch.import", "PyTorch loads", "works", rule=_TORCH),
         _Row("torchvision.import", "torchvision loads", "works", rule=_TORCHVISION),
         _Row("roi_align", "roi_align change", "applied by hand to detectron2", rule=_roi_align),
-        _Row("torch.cuda", "CUDA of PyTorch", "11.3", changes="its libraries compute"),
-        _Row("cudnn", "cuDNN", "8.2.0", changes="its convolutions compute"),
+        _Row("torch.cuda", "CUDA of PyTorch", "11.3", changes="its libraries run the computations"),
+        _Row("cudnn", "cuDNN", "8.2.0", changes="it runs the convolutions"),
         _Row("nccl", "NCCL"),
         _Row("gpu.count", "GPUs", "8", changes=_SPREAD),
         _Row("gpu.memory", "GPU memory", "32 GB each", rule=_gpu_memory),
@@ -611,28 +614,26 @@ def package_facts() -> Facts:
 
     folder = package_folder("detectron2")
     if folder is None:
-        absent = Fact(None, "detectron2 is not installed")
-        facts |= {"detectron2._C": absent, "roi_align": absent}
+        facts |= dict.fromkeys(
+            ("detectron2._C", "roi_align"), Fact(None, "detectron2 is not installed")
+        )
     else:
         built = sorted(path.name for path in folder.glob("_C*") if path.suffix in {".so", ".pyd"})
         facts["detectron2._C"] = Fact(built[0] if built else "not built")
-        facts["roi_align"] = _roi_align_fact()
+        files = roi_align_files()
+        try:
+            status = patch_status(files[0])
+        except (RuntimeEnvironmentError, OSError) as error:
+            facts["roi_align"] = Fact(None, str(error))
+        else:
+            problems = [] if status.state in {"original", "applied"} else [status.reason]
+            if status.stale_bytecode:
+                problems.append("Python runs stale bytecode, compiled from another source")
+            if len(files) > 1:
+                problems.append(f"{len(files)} copies of detectron2 are on Python's path")
+            facts["roi_align"] = Fact(f"{status.state} @{status.file}", "; ".join(problems))
     facts["dependencies"] = _dependencies_fact()
     return facts
-
-
-def _roi_align_fact() -> Fact:
-    files = roi_align_files()
-    try:
-        status = patch_status(files[0])
-    except (RuntimeEnvironmentError, OSError) as error:
-        return Fact(None, str(error))
-    problems = [] if status.state in {"original", "applied"} else [status.reason]
-    if status.stale_bytecode:
-        problems.append("Python runs a compiled file of another source")
-    if len(files) > 1:
-        problems.append(f"{len(files)} copies of detectron2 are on Python's path")
-    return Fact(f"{status.state} @{status.file}", "; ".join(problems))
 
 
 def _dependencies_fact() -> Fact:
@@ -641,11 +642,8 @@ def _dependencies_fact() -> Fact:
         required = metadata.requires("proxydet") or []
     except metadata.PackageNotFoundError:
         return Fact(None, "proxydet itself is not installed, only on Python's path")
-    names = [
-        re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0]
-        for line in required
-        if "extra ==" not in line and "python_version" not in line
-    ]
+    always = (line for line in required if not re.search("extra ==|python_version", line))
+    names = [re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in always]
     missing = [name for name in names if distribution_version(name) is None]
     problem = f"not installed: {', '.join(missing)}" if missing else ""
     return Fact(f"{len(names) - len(missing)} of {len(names)} installed", problem)

@@ -97,7 +97,7 @@ def verify_roi_align(
     if {"applied": "active", "original": "not active"}.get(status.state, verdict) != verdict:
         command = "apply" if status.state == "applied" else "revert"
         notes = (
-            f"Python runs a compiled file of another source; `proxydet patch {command}` deletes it"
+            f"Python runs stale bytecode, compiled from another source; `proxydet patch {command}` deletes it"
             if status.stale_bytecode
             else "the operator differs from its source file: something replaces it when Python starts "
             "(a .pth file, sitecustomize), or torchvision's own operator differs",

@@ -22,7 +22,7 @@ from proxydet.environment.processes import Fact
 
 Facts = dict[str, Fact]
 
-NOT_ASKED = "torch does not load, so this is not known"
+NOT_ASKED = "unknown, since torch does not load"
 """Why a fact that only torch knows is missing."""
 
 PARTS = {

@@ -182,12 +182,12 @@ def export_detector(
         )
     if detector.inference.augmented:
         raise ConfigError(
-            "test-time augmentation cannot be exported: the file runs on an image once",
+            "test-time augmentation cannot be exported: an exported file runs on each image once",
             hint="export without inference.flip and with inference.scales [1.0]",
         )
     if detector.inference.tiles:
         raise ConfigError(
-            "tiles cannot be exported: the file runs on an image once",
+            "tiles cannot be exported: an exported file runs on each image once",
             hint="export with inference.tiles 0, and cut images into tiles before it",
         )
     if chosen == "onnx":
@@ -217,7 +217,7 @@ def export_detector(
         if vocabulary is not None:
             vocabulary.save(companion)
         elif companion.is_file():
-            progress(f"{companion} existed before: it is not this model's, and is not used with it")
+            progress(f"{companion} is of an earlier export and is not used with this model")
     return ExportReport(
         path=path,
         format=chosen,
@@ -416,14 +416,14 @@ def _prove(
     ]
     if not any(result.detections for result in results):
         raise DataError(
-            "nothing was found in any image, so nothing shows that the file is right",
+            "the detector finds nothing in any image, so the exported file cannot be verified",
             hint="give an image in which the detector finds something with --check",
         )
     for result in results:
         if not result.good:
             raise NumericsError(
-                f"the exported file and the detector disagree on {result.image}: {result.matched} of "
-                f"{result.detections} detections are the same; it was not kept",
+                f"the exported file disagrees with the detector on {result.image}: {result.matched} of "
+                f"{result.detections} detections match; the file was discarded",
                 hint="please report it together with the output of: proxydet env",
             )
     return tuple(results)

@@ -694,7 +694,7 @@ class WorkQueue:
             self._seconds += _FOLLOW * (time.perf_counter() - began - self._seconds)
             if result.done():
                 if error is not None:
-                    logger.warning("a request whose client went away failed: %s", error)
+                    logger.warning("the request of a disconnected client failed: %s", error)
             elif error is not None:
                 result.set_exception(error)
             else:

@@ -90,7 +90,7 @@ def _describe(result: QuickstartResult) -> str:
     return "\n".join(
         [
             *lines,
-            f"right labels     {right} objects",
+            f"correct labels   {right} objects",
             "",
             f"time    {sum(result.seconds.values()) / 60:.1f} min ({spent})",
             f"run     {result.folder.run.root}",

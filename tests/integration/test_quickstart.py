@@ -77,7 +77,7 @@ def test_searches_for_other_words_than_the_data_sets_list(done):
 
 def test_the_report_holds_all_that_it_shows(done):
     page = done.folder.report.read_text(encoding="utf-8")
-    assert "right labels, novel classes" in page
+    assert "correct labels, novel classes" in page
     assert "<svg" in page
     assert "data:image/jpeg;base64," in page
     loaded = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(https?:|//)', page)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from proxydet.detector import Detector
-from proxydet.errors import InputError, NumericsError, VocabularyError
+from proxydet.errors import InputError, NumericsError
 from proxydet.export.exporter import TorchProgram, compare, export_detector, synthetic_image
 from proxydet.export.runtime import INPUTS, OUTPUTS, SCORER_INPUTS, OnnxDetector
 
@@ -121,26 +121,6 @@ def test_onnx_runs_without_torch_and_detectron2(detector, onnx_export, tiny, tmp
     assert abs(area - int(wanted.masks.sum())) <= 0.01 * max(area, 1)
 
 
-def test_images_of_every_kind(onnx_export, tiny, tmp_path):
-    model, words = OnnxDetector.from_file(onnx_export.path), tiny.vocabulary(3)
-    pixels = synthetic_image(70, 90)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    first = model.predict(pixels, words, score_threshold=0.02)
-    for same in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels)):
-        found = model.predict(same, words, score_threshold=0.02)
-        np.testing.assert_array_equal(found.boxes_xyxy, first.boxes_xyxy)
-    with pytest.raises(InputError, match="uint8"):
-        model.predict(pixels.astype(np.float32), words)  # type: ignore[arg-type]
-
-
-def test_vocabularies_that_do_not_fit(onnx_export, tiny):
-    model = OnnxDetector.from_file(onnx_export.path)
-    with pytest.raises(VocabularyError, match="have 8 dimensions, the model's have 16"):
-        model.predict(synthetic_image(60, 60), tiny.vocabulary(3, dimensions=8))
-    with pytest.raises(VocabularyError, match="no classes were given"):
-        model.predict(synthetic_image(60, 60))
-
-
 def without_digest(model: onnx.ModelProto) -> None:
     """As one does to change a file on purpose."""
     [digest] = [entry for entry in model.metadata_props if entry.key == "proxydet_sha256"]
@@ -149,27 +129,6 @@ def without_digest(model: onnx.ModelProto) -> None:
     description.value = json.dumps(
         {k: v for k, v in json.loads(description.value).items() if k != "sealed"}
     )
-
-
-def test_the_vocabulary_next_to_the_file_is_used_if_it_is_the_files(onnx_export, tiny, tmp_path):
-    copy, words = tmp_path / "model.onnx", tiny.vocabulary(3, seed=9)
-    model = onnx.load(onnx_export.path)
-    [description] = [entry for entry in model.metadata_props if entry.key == "proxydet"]
-    description.value = json.dumps(
-        json.loads(description.value) | {"vocabulary_sha256": words.digest}
-    )
-    without_digest(model)
-    onnx.save(model, copy)
-    saved = words.save(tmp_path / "model.npz")
-    found = OnnxDetector.from_file(copy).predict(synthetic_image(60, 90), score_threshold=0.02)
-    assert len(found) > 0
-    assert set(found.labels) <= {"class 0", "class 1", "class 2"}
-    tiny.vocabulary(3, seed=8).save(saved)
-    opened = OnnxDetector.from_file(copy)
-    assert opened.vocabulary is None
-    with pytest.raises(VocabularyError, match=r"model\.npz was not exported with this model"):
-        opened.predict(synthetic_image(60, 90))
-    assert len(opened.predict(synthetic_image(60, 90), saved, score_threshold=0.02)) > 0
 
 
 def test_an_onnx_file_of_others_is_refused(onnx_export, tmp_path):

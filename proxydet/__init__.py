@@ -39,7 +39,8 @@ __all__ = [
     "verify_roi_align",
 ]
 
-# No submodule of this package may have one of these names: importing it would hide the public one.
+# No submodule of this package may have one of these names: importing it would hide the public one. The package
+# `environment` does, and can be called like the function.
 _HOME = {
     "Detections": "proxydet.detections",
     "Detector": "proxydet.detector",

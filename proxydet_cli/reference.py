@@ -187,10 +187,11 @@ _MORE_PYTHON = (
 
 def python_page() -> str:
     """Describe the public classes and functions, as one Markdown page."""
-    named = [(name, f"proxydet.{name}", getattr(proxydet, name)) for name in proxydet.__all__]
-    for path in _MORE_PYTHON:
+    named = []
+    for path in (*(f"proxydet:{name}" for name in proxydet.__all__), *_MORE_PYTHON):
         module, name = path.split(":")
-        named.append((name, f"{module}.{name}", getattr(import_module(module), name)))
+        home = proxydet._HOME.get(name, module) if module == "proxydet" else module
+        named.append((name, f"{module}.{name}", getattr(import_module(home), name)))
     parts = [_PYTHON]
     for name, path, thing in named:
         if inspect.isclass(thing) or inspect.isfunction(thing):

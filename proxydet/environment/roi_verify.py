@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,13 +53,6 @@ class RoiAlignReport:
     """On a GPU: backward passes, gradient elements, and elements that were not always the same."""
     notes: tuple[str, ...] = ()
     """Why the verdict is another than the file's content suggests."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        plain = asdict(self)
-        plain["file"] = str(self.file)
-        plain["notes"] = list(self.notes)
-        return plain
 
 
 def verify_roi_align(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -58,7 +58,8 @@ def revert(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 =
 def verify(
     json: Json = False,
     device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; by default a GPU if there is one.")
+        Literal["cpu", "cuda"] | None,
+        typer.Option("--device", help="Where it runs; by default a GPU if there is one."),
     ] = None,
     detectron2: Detectron2 = None,
 ) -> None:
@@ -70,11 +71,9 @@ def verify(
 
     from proxydet.environment.roi_verify import verify_roi_align
 
-    if device not in {None, "cpu", "cuda"}:
-        raise typer.BadParameter("give cpu or cuda", param_hint="--device")
     search = None if detectron2 is None else [str(detectron2.resolve().parent), *sys.path]
-    report = verify_roi_align(device=device, search_path=search)  # type: ignore[arg-type]
-    Output(json=json).data(report.to_dict(), _report_text(report))
+    report = verify_roi_align(device=device, search_path=search)
+    Output(json=json).data(report, _report_text(report))
     if report.verdict != "active":
         raise typer.Exit(5)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,7 +36,9 @@ def determinism(
         list[str] | None,
         typer.Option("--mode", help="off, published or strict; may be repeated; default all."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option("--device", help="Where the steps run.")
+    ] = "cpu",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of a repetition.")] = 2,
     repetitions: Annotated[
         int, typer.Option("--repetitions", min=1, help="Repetitions in each of two processes.")
@@ -54,13 +56,9 @@ def determinism(
     from proxydet.recipes import resolve_config
     from proxydet_cli.progress import show_progress
 
-    unknown = sorted(set(mode or ()) - set(MODES))
-    if unknown:
-        raise typer.BadParameter(
-            f"{unknown[0]} is not one of {', '.join(MODES)}", param_hint="--mode"
-        )
-    if device not in {"cpu", "cuda"}:
-        raise typer.BadParameter("give cpu or cuda", param_hint="--device")
+    if unknown := sorted(set(mode or ()) - set(MODES)):
+        known = ", ".join(MODES)
+        raise typer.BadParameter(f"{unknown[0]} is not one of {known}", param_hint="--mode")
     report = verify_determinism(
         resolve_config(recipe, overrides=set_ or ()),
         modes=[known for known in MODES if not mode or known in mode],

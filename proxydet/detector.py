@@ -540,11 +540,7 @@ class Detector(TrainedClasses):
             ConfigError: The settings ask for tiles or test-time augmentation, whose regions have several embeddings.
         """
         settings = settings or self.inference
-        if settings.augmented or settings.tiles:
-            raise ConfigError(
-                "regions are embedded in one view of an image",
-                hint="leave out test-time augmentation and tiles: --tta, or inference.flip, inference.scales and inference.tiles of the run",
-            )
+        require_one_view(settings)
         scaled = [
             image if isinstance(image, ScaledImage) else self.scaled(image, settings)
             for image in images
@@ -593,13 +589,10 @@ class Detector(TrainedClasses):
         settings = self.inference
         network = self._prepared(settings.precision, str(self.network.device))
         regions = network.embed(views, scaled, settings=settings)
-        steps_BRSD = torch.stack(regions.detection, dim=2).float().cpu().numpy()
-        if not np.isfinite(steps_BRSD).all():
-            raise NumericsError(
-                "the box heads returned values that are not finite",
-                hint="the weights are damaged, or half precision is too narrow for them: use float32",
-            )
-        return [own_RSD[: len(own)] for own_RSD, own in zip(steps_BRSD, scaled, strict=True)]
+        steps_BRSD = torch.stack(regions.detection, dim=2).float().cpu()
+        require_finite([steps_BRSD])
+        steps = zip(steps_BRSD.numpy(), scaled, strict=True)
+        return [own_RSD[: len(own)] for own_RSD, own in steps]
 
     def scaled(self, pixels_HW3: Pixels, settings: InferenceConfig | None = None) -> ScaledImage:
         """Scale an image for the network, once for each view of it: the part of `predict_images` that any thread can do.
@@ -715,6 +708,32 @@ def to_network(pixels_HW3: Pixels, sides: tuple[int, int]) -> torch.Tensor:
     height, width = pixels_HW3.shape[:2]
     view = shortest_side(height, width, shortest=sides[0], longest=sides[1])
     return torch.from_numpy(view.image(pixels_HW3)).permute(2, 0, 1)
+
+
+def require_one_view(settings: InferenceConfig) -> None:
+    """Refuse settings with which regions have several embeddings.
+
+    Raises:
+        ConfigError: They ask for tiles or test-time augmentation.
+    """
+    if settings.augmented or settings.tiles:
+        raise ConfigError(
+            "regions are embedded in one view of an image",
+            hint="leave out test-time augmentation and tiles: --tta, or inference.flip, inference.scales and inference.tiles of the run",
+        )
+
+
+def require_finite(values: Iterable[torch.Tensor]) -> None:
+    """Refuse what a network with damaged weights gives.
+
+    Raises:
+        NumericsError: A value is not finite.
+    """
+    if not all(bool(each.isfinite().all()) for each in values):
+        raise NumericsError(
+            "the box heads returned values that are not finite",
+            hint="the weights are damaged, or half precision is too narrow for them: use float32",
+        )
 
 
 def choose_device(device: str) -> torch.device:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from proxydet.errors import (
     DiskFullError,
     JobInterruptedError,
     LockedError,
-    NumericsError,
     VocabularyError,
 )
 from proxydet.files import read_errors, sha256
@@ -38,7 +38,6 @@ from proxydet.index.store import (
     Arrays,
     IndexedDetector,
     IndexWriter,
-    Part,
     StoredIndex,
     check_place,
     packed_part,
@@ -54,6 +53,7 @@ from proxydet.inference.sharded import (
     Shard,
     load_job,
     open_job,
+    remove_job,
     remove_remains,
     require_idle,
     run_job,
@@ -249,15 +249,13 @@ class IndexWork:
         Raises:
             NumericsError: The network gave values that are not finite.
         """
+        from proxydet.detector import require_finite
+
         new = [read for read in batch if read is not None]
         if not new:
             return [None] * len(batch)
         found = self.detector.embed([scaled for _, scaled in new]).cpu()
-        if not all(bool(values.isfinite().all()) for values in (*found.detection, found.boxes_BR4)):
-            raise NumericsError(
-                "the box heads returned values that are not finite",
-                hint="the weights are damaged, or half precision is too narrow for them: use float32",
-            )
+        require_finite([*found.detection, found.boxes_BR4])
         made = iter(
             ImageRegions(**named, **image_regions(found, place, self.indexed))
             for place, (named, _) in enumerate(new)
@@ -270,9 +268,7 @@ class OpenIndexing:
     """Opens an `IndexWork` in each worker process.
 
     Attributes:
-        named: The detector.
-        device: As of `proxydet.inference.rows.OpenDetection`, as is ``gpus``.
-        gpus: GPUs that workers are spread over; 0: all use ``device``.
+        named: As of `proxydet.inference.rows.OpenDetection`, as are ``device`` and ``gpus``.
         precision: Number format of the network; None: that of the run.
         path: The index.
     """
@@ -345,13 +341,10 @@ def describe(detector: Detector, most_regions: int | None) -> IndexedDetector:
     Raises:
         ConfigError: It runs with tiles, rescoring or test-time augmentation, or ``most_regions`` is below 1.
     """
+    from proxydet.detector import require_one_view
     from proxydet.modeling.weights import weights_digest
 
-    if detector.inference.augmented or detector.inference.tiles:
-        raise ConfigError(
-            "an index holds the regions of one view of an image",
-            hint="leave out test-time augmentation and tiles: --tta, or inference.flip, inference.scales and inference.tiles of the run",
-        )
+    require_one_view(detector.inference)
     if detector.inference.rescore:
         raise ConfigError(
             "an index scores each region alone, and rescoring needs all regions of an image",
@@ -446,39 +439,54 @@ def open_addition(
 
     def choose(images: Iterator[SourceImage], counts: Counter[str]) -> Iterator[SourceImage]:
         stored = StoredIndex(path)
-        copies: list[tuple[Part, int, str, tuple[int, int]]] = []
-        for image in images:
-            name, file, _ = _identified(image, root, planned=True)
-            found = stored.find(name)
-            if found is not None and file is not None and found[0].state_of(found[1]) == file:
-                counts["unchanged"] += 1
-            elif (
-                found is None
-                and file is not None
-                and image.is_file
-                and (same := stored.find_copy(name, file[0])) is not None
-            ):
-                copies.append((*same, name, file))
-                counts["copied"] += 1
-            else:
-                yield image
-        if copies:
-            with IndexWriter(path, wait=True) as writer:
-                writer.copy(copies)
+        with tempfile.TemporaryFile("w+", encoding="ascii") as moved:  # of millions of files
+            for image in images:
+                name, file, _ = _identified(image, root, planned=True)
+                found = stored.find(name)
+                if found is not None and file is not None and found[0].state_of(found[1]) == file:
+                    counts["unchanged"] += 1
+                elif (
+                    found is None
+                    and file is not None
+                    and image.is_file
+                    and (place := stored.find_copy(name, file[0])) is not None
+                ):
+                    moved.write(json.dumps([place, name, file]) + "\n")
+                    counts["copied"] += 1
+                else:
+                    yield image
+            if counts["copied"]:
+                moved.seek(0)
+                with IndexWriter(path, wait=True) as writer:
+                    copies = map(json.loads, moved)
+                    writer.copy((*stored.at(place), name, file) for place, name, file in copies)
 
-    return open_job(
-        path / ADDING,
-        sources,
-        identity={"detector": detector.weights},
-        parts=IndexParts(detector),
-        largest=largest_part(detector),
-        stdin=stdin,
-        choose=choose,
-        # One that comes when the others have ended plans what could not be read: nothing that it should leave behind.
-        shard=None if shard is None or shard.count == 1 else shard,
-        hint=f"run it to its end first; or add these images without --shard, which takes what it has finished into {path}",
-        progress=progress,
-    )
+    parts = IndexParts(detector)
+
+    def planned() -> Job:
+        return open_job(
+            path / ADDING,
+            sources,
+            identity={"detector": detector.weights},
+            parts=parts,
+            largest=largest_part(detector),
+            stdin=stdin,
+            choose=choose,
+            # One that comes when the others have ended plans what could not be read: nothing that it should leave behind.
+            shard=None if shard is None or shard.count == 1 else shard,
+            hint=f"run it to its end first; or add these images without --shard, which takes what it has finished into {path}",
+            progress=progress,
+        )
+
+    try:
+        return planned()
+    except ConfigError:
+        # What such a shard leaves behind all the same, a plan of which nothing could be read, makes room for another.
+        with IndexWriter(path, wait=True):
+            records = load_job(path / ADDING, parts).finished().values()
+            if records and not any(record.objects for record in records):
+                remove_job(path / ADDING)
+        return planned()
 
 
 def largest_part(detector: IndexedDetector) -> int:
@@ -558,14 +566,7 @@ def run_addition(
 ) -> IndexSummary:
     """Embed the images that were planned, and put them into the index.
 
-    Args:
-        path: The index.
-        job: What `open_addition` returned.
-        open_work: Opens an `IndexWork`.
-        options: As for `proxydet.inference.sharded.run_job`, as are ``shard``, ``engine`` and ``progress``.
-        shard: Which images.
-        engine: What runs the workers.
-        progress: Where progress is shown.
+    Arguments are as of `proxydet.inference.sharded.run_job`; ``job`` is what `open_addition` returned.
 
     Raises:
         ProxydetError: As of `run_job`; what was finished before is in the index.

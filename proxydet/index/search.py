@@ -580,11 +580,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     """Return the regions of a part, ascending, that may score above the threshold of a class, and the best score of each.
 
-    Args:
-        part: The part.
-        classes: What to look for.
-        settings: The general threshold, and fusion weights.
-        near_K: The only regions that are scored; None: all.
+    Only those of ``near_K`` are scored; None: all.
     """
     threshold_C = torch.full_like(classes.text_DC[0], settings.score_threshold)
     if classes.threshold_C is not None:
@@ -614,15 +610,7 @@ def _select(
     classes: ClassText,
     settings: InferenceConfig,
 ) -> list[Prediction]:
-    """Return the detections of some images of a part.
-
-    Args:
-        part: The part.
-        rows: The images.
-        regions: Regions of each that may be detections.
-        classes: What to look for.
-        settings: Thresholds and limits.
-    """
+    """Return the detections of some images (rows) of a part; ``regions``: those of each that may be detections."""
     place_BR = pad_sequence(regions, True)
     valid_BR = pad_sequence([torch.ones_like(own, dtype=torch.bool) for own in regions], True)
     row_B = torch.tensor(rows)

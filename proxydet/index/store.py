@@ -31,6 +31,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,7 @@ ADDING = "adding"
 _FORMAT = "proxydet region index 1"
 _NAME = "index.json"
 _OF_INDEX = frozenset({"vocabulary.npz", "text_encoder.json", "parts", ADDING})
+_COPIES_AT_ONCE = 50_000
 _DTYPES = {
     "F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8,
     "I16": np.int16, "I32": np.int32, "I64": np.int64,
@@ -489,31 +491,33 @@ class StoredIndex:
 
     def find(self, path: str) -> tuple[Part, int] | None:
         """Return the part and the row of an image, by the path that it was indexed under; None: it is not in the index."""
-        for part, row in self._found(self._keys, _key(_encoded(path))):
+        for place in self._found(self._keys, _key(_encoded(path))):
+            part, row = self.at(place)
             if part.path_of(row) == path:
                 return part, row
         return None
 
-    def find_copy(self, path: str, size: int) -> tuple[Part, int] | None:
-        """Return the part and the row of an image whose file has the content of another; None: there is none."""
+    def find_copy(self, path: str, size: int) -> int | None:
+        """Return the place of an image whose file has the content of another; None: there is none."""
         digest: bytes | None = None
-        for part, row in self._found(self._sizes, size):
+        for place in self._found(self._sizes, size):
             if digest is None:
                 try:
                     digest = bytes.fromhex(sha256(Path(path)))
                 except OSError:
                     return None
+            part, row = self.at(place)
             if part.digest_of(row) == digest:
-                return part, row
+                return place
         return None
 
-    def _found(self, table: tuple[Integers, Integers], value: int) -> Iterator[tuple[Part, int]]:
-        """Yield the part and the row of each image in the index that has a value in a table."""
+    def _found(self, table: tuple[Integers, Integers], value: int) -> Iterator[int]:
+        """Yield the place of each image in the index that has a value in a table."""
         values, places = table
         for place in places[slice(*np.searchsorted(values, [value, value + 1]))].tolist():
             part, row = self.at(place)
             if part.kept_B[row]:
-                yield part, row
+                yield place
 
     def at(self, place: int) -> tuple[Part, int]:
         """Return the part and the row of a place, which counts the images of all parts."""
@@ -805,18 +809,20 @@ class IndexWriter:
         Args:
             copies: The part and row of what is there; and the path, bytes and time of change of the copy.
         """
-        by_part: dict[Part, list[tuple[int, str, tuple[int, int]]]] = {}
-        for part, row, path, file in copies:
-            by_part.setdefault(part, []).append((row, path, file))
-        written = []
-        for part, own in by_part.items():
-            rows, paths, files = zip(*own, strict=True)
-            arrays = part.subset(np.array(rows)) | paths_of(paths)
-            arrays["files"] = np.array(files, dtype=np.int64)
-            arrays.pop("tars", None)
-            written.append(write_part(self.path, arrays))
-            self.remove(old for old in map(part.path_of, sorted(set(rows))) if is_gone(old))
-        self.commit(written)
+        upcoming = iter(copies)
+        while some := list(islice(upcoming, _COPIES_AT_ONCE)):
+            by_part: dict[Part, list[tuple[int, str, tuple[int, int]]]] = {}
+            for part, row, path, file in some:
+                by_part.setdefault(part, []).append((row, path, file))
+            written = []
+            for part, own in by_part.items():
+                rows, paths, files = zip(*own, strict=True)
+                arrays = part.subset(np.array(rows)) | paths_of(paths)
+                arrays["files"] = np.array(files, dtype=np.int64)
+                arrays.pop("tars", None)
+                written.append(write_part(self.path, arrays))
+                self.remove(old for old in map(part.path_of, sorted(set(rows))) if is_gone(old))
+            self.commit(written)
 
     def take(self, job: Job) -> None:
         """Put into the index what a job of `proxydet.index.build` has finished; its files stay where they are, too.

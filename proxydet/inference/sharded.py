@@ -44,6 +44,7 @@ import signal
 import sqlite3
 import sys
 import threading
+import uuid
 from array import array
 from collections import Counter
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -82,7 +83,7 @@ from proxydet.inference.pipeline import READERS, run_images
 from proxydet.inference.sources import SourceImage, stream_images
 from proxydet.modeling.config import with_later_settings
 from proxydet.reporting import SILENT, Progress
-from proxydet.wording import counted, first_of
+from proxydet.wording import first_of
 
 logger = logging.getLogger(__name__)
 
@@ -219,21 +220,21 @@ class Shard:
 
 
 def _from_environment(environment: Mapping[str, str]) -> tuple[int, int | None] | None:
-    def number(name: str, default: int | None = None) -> int | None:
-        value = environment.get(name, "")
-        return int(value) if value.isdecimal() else default
-
-    if (task := number("SLURM_ARRAY_TASK_ID")) is not None:
-        step = number("SLURM_ARRAY_TASK_STEP", 1) or 1
-        index = (task - (number("SLURM_ARRAY_TASK_MIN", 0) or 0)) // step
-        return index, number("SLURM_ARRAY_TASK_COUNT")
-    for index_name, count_name in (
-        ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
-        ("SLURM_PROCID", "SLURM_NTASKS"),
-        ("JOB_COMPLETION_INDEX", ""),
+    numbers = {name: int(value) for name, value in environment.items() if value.isdecimal()}
+    for index, count, first, step in (
+        (
+            "SLURM_ARRAY_TASK_ID",
+            "SLURM_ARRAY_TASK_COUNT",
+            "SLURM_ARRAY_TASK_MIN",
+            "SLURM_ARRAY_TASK_STEP",
+        ),
+        ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", "", ""),
+        ("SLURM_PROCID", "SLURM_NTASKS", "", ""),
+        ("JOB_COMPLETION_INDEX", "", "", ""),
     ):
-        if (place := number(index_name)) is not None:
-            return place, number(count_name)
+        if index in numbers:
+            place = (numbers[index] - numbers.get(first, 0)) // (numbers.get(step) or 1)
+            return place, numbers.get(count)
     return None
 
 
@@ -333,13 +334,10 @@ class Job:
             before: Images that were done when this process began.
         """
         values = records.values()
+        counts = ("images", "objects", "errors", "unreachable", "changed")
         return JobSummary(
             folder=self.folder,
-            images=sum(record.images for record in values),
-            objects=sum(record.objects for record in values),
-            errors=sum(record.errors for record in values),
-            unreachable=sum(record.unreachable for record in values),
-            changed=sum(record.changed for record in values),
+            **{name: sum(getattr(record, name) for record in values) for name in counts},
             failures=tuple(text for record in values for text in record.failures)[:_NAMED_FAILURES],
             before=before,
             unfinished=len(self.offsets) - len(self.finished().keys() | records.keys()),
@@ -404,10 +402,75 @@ def open_job(
     def build(_: Path) -> None:
         nonlocal planned, unused
         planned = True
-        asked = {**stated, "request": request, "root": root}
+        if overwrite:
+            require_idle(folder)
+        elif (strays := next(_files(folder), None)) is not None:
+            raise ConfigError(
+                f"{strays} belongs to a job whose {MANIFEST} is missing",
+                hint="put it back, give another folder with --output, or replace what is there: --overwrite",
+                path=folder,
+            )
         step = part_images or min(_SMALLEST_PART, largest)
-        _plan(
-            folder, sources, asked, step, part_images or largest, stdin, overwrite, choose, progress
+        left_out: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        images = duplicates = size = place = 0
+        starts = array("q")
+        target = folder / "images.jsonl"
+        digest = hashlib.sha256()
+
+        def found(is_new: Callable[[str], bool]) -> Iterator[SourceImage]:
+            nonlocal duplicates
+            try:
+                for image in stream_images(sources, left_out, stdin=stdin):
+                    task.advance()
+                    if is_new(image.name):
+                        yield image
+                    else:
+                        duplicates += 1
+            except OSError as error:
+                raise RuntimeEnvironmentError(
+                    f"the images cannot be listed: {error}",
+                    hint="check the disk that they are on, and that of temporary files, and run the same command again",
+                ) from error
+
+        with (
+            progress.task("finding images", unit="images") as task,
+            _first_seen(folder, root) as is_new,
+            staged(target) as temporary,
+            write_errors(target),
+            temporary.open("wb") as file,
+        ):
+            for image in found(is_new) if choose is None else choose(found(is_new), counts):
+                if images % step == 0:
+                    starts.append(place)
+                line = json.dumps(image).encode() + b"\n"
+                file.write(line)
+                digest.update(line)
+                images, size, place = images + 1, size + (image.size or 0), place + len(line)
+            if images == 0 and not counts:
+                raise DataError("no images were found", hint="name files, folders or patterns")
+            if overwrite:
+                remove_job(folder)
+        # Some dozens of parts at least, and of no more than so many images.
+        steps = max(1, min(part_images or largest, -(-images // 64)) // step)
+        write_json(
+            path,
+            {
+                "format": _FORMAT,
+                "proxydet": __version__,
+                **stated,
+                "request": request,
+                "root": root,
+                "images": images,
+                "bytes": size,
+                "duplicates": duplicates,
+                "left_out": dict(left_out),
+                "counts": dict(counts),
+                "part_images": step * steps,
+                "plan_sha256": digest.hexdigest(),
+                "offsets": starts[::steps].tolist(),
+                "number": uuid.uuid4().hex,
+            },
         )
         if shard is not None and len((job := load_job(folder, parts)).offsets) <= shard.index:
             unused = dataclasses.replace(job, offsets=(), digest="", planned=True)
@@ -486,7 +549,8 @@ def load_job(folder: Path, parts: PartFormat) -> Job:
     content = _manifest(folder, "put it back")
     names = ("identity", "results", "root", "offsets", "plan_sha256")
     try:
-        named = {name: content[name] for name in names}
+        # Of two plans of the same images each is a job of its own; an earlier version did not number them.
+        named = {name: content[name] for name in names + ("number",) * ("number" in content)}
         return Job(
             folder=folder,
             parts=parts,
@@ -550,85 +614,6 @@ def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         name = f"{above}.{key}" if above and above != "identity" else key
         flat.update(_flat(item, name) if isinstance(item, Mapping) else {name: item})
     return flat
-
-
-def _plan(
-    folder: Path,
-    sources: Sequence[str],
-    stated: Mapping[str, Any],
-    step: int,
-    largest: int,
-    stdin: Path | None,
-    overwrite: bool,
-    choose: Choose | None,
-    progress: Progress,
-) -> None:
-    if overwrite:
-        require_idle(folder)
-    elif (strays := next(_files(folder), None)) is not None:
-        raise ConfigError(
-            f"{strays} belongs to a job whose {MANIFEST} is missing",
-            hint="put it back, give another folder with --output, or replace what is there: --overwrite",
-            path=folder,
-        )
-    left_out: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    images = duplicates = size = place = 0
-    starts = array("q")
-    target = folder / "images.jsonl"
-    digest = hashlib.sha256()
-
-    def found(is_new: Callable[[str], bool]) -> Iterator[SourceImage]:
-        nonlocal duplicates
-        try:
-            for image in stream_images(sources, left_out, stdin=stdin):
-                task.advance()
-                if is_new(image.name):
-                    yield image
-                else:
-                    duplicates += 1
-        except OSError as error:
-            raise RuntimeEnvironmentError(
-                f"the images cannot be listed: {error}",
-                hint="check the disk that they are on, and that of temporary files, and run the same command again",
-            ) from error
-
-    with (
-        progress.task("finding images", unit="images") as task,
-        _first_seen(folder, stated["root"]) as is_new,
-        staged(target) as temporary,
-        write_errors(target),
-        temporary.open("wb") as file,
-    ):
-        for image in found(is_new) if choose is None else choose(found(is_new), counts):
-            if images % step == 0:
-                starts.append(place)
-            line = json.dumps(image).encode() + b"\n"
-            file.write(line)
-            digest.update(line)
-            images, size, place = images + 1, size + (image.size or 0), place + len(line)
-        if images == 0 and not counts:
-            raise DataError("no images were found", hint="name files, folders or patterns")
-        if overwrite:
-            remove_job(folder)
-    # Some dozens of parts at least, and of no more than so many images.
-    steps = max(1, min(largest, -(-images // 64)) // step)
-    write_json(
-        folder / MANIFEST,
-        {
-            "format": _FORMAT,
-            "proxydet": __version__,
-            **stated,
-            "images": images,
-            "bytes": size,
-            "duplicates": duplicates,
-            "left_out": dict(left_out),
-            "counts": dict(counts),
-            "part_images": step * steps,
-            "plan_sha256": digest.hexdigest(),
-            "offsets": starts[::steps].tolist(),
-        },
-    )
 
 
 @contextlib.contextmanager
@@ -808,16 +793,23 @@ def run_job(
             progress.task(task, total=total, unit="images", done=before) as shown,
             _stopped_by_sigterm() as stopped,
         ):
-            started = {"ray": _on_ray, "processes": _in_processes}[engine]
-            if engine == "processes" and min(options.workers, len(todo)) <= 1:
-                started = _in_this_process
             try:
-                with closing(started(job, todo, open_work, options, shown.advance)) as results:
+                results: Results
+                if engine == "ray":
+                    results = _on_ray(job, todo, open_work, options, shown.advance)
+                elif min(options.workers, len(todo)) > 1:
+                    results = _in_processes(job, todo, open_work, options, shown.advance)
+                else:
+                    work = open_work(0) if todo else None
+                    results = (run_part(job, n, work, options, shown.advance) for n in todo if work)
+                with closing(results):
                     for record in results:
                         lock.check()
                         ledger.append(msgspec.to_builtins(record))
                         records[record.part] = record
-                        _check_errors(records.values(), options.max_errors)
+                        texts = (text for each in records.values() for text in each.failures)
+                        errors = sum(each.errors for each in records.values())
+                        _check_errors(errors, next(texts, ""), options.max_errors)
             except KeyboardInterrupt as error:
                 done = sum(record.images for record in records.values())
                 raise JobInterruptedError(
@@ -847,12 +839,10 @@ def require_free(folder: Path, shard: Shard) -> None:
     _shard_lock(folder, shard).require_free()
 
 
-def _check_errors(records: Iterable[PartRecord], most: int | None) -> None:
-    errors = [text for record in records for text in record.failures]
-    count = sum(record.errors for record in records)
-    if most is not None and count > most:
+def _check_errors(errors: int, first: str, most: int | None) -> None:
+    if most is not None and errors > most:
         raise DataError(
-            f"{counted(count, 'image')} could not be read, and --max-errors is {most}: {errors[0]}",
+            f"more images than --max-errors {most} cannot be read: {first}",
             hint="inspect them, and continue with a larger --max-errors; what is finished stays",
         )
 
@@ -911,11 +901,7 @@ def run_part(
             if isinstance(made, DataError):
                 errors.append(made.message)
                 unreachable += isinstance(made, UnreachableError)
-                if options.max_errors is not None and len(errors) > options.max_errors:
-                    raise DataError(
-                        f"more than --max-errors {options.max_errors} images cannot be read: {errors[0]}",
-                        hint="inspect them, and continue with a larger --max-errors; what is finished stays",
-                    )
+                _check_errors(len(errors), errors[0], options.max_errors)
                 yield Row(image, None, made.message)
             else:
                 (other, _), content = made
@@ -956,19 +942,6 @@ def run_part(
 # --- Engines: where parts are computed -----------------------------------------------------------------------------------
 
 Results: TypeAlias = Generator[PartRecord, None, None]
-
-
-def _in_this_process(
-    job: Job,
-    parts: Sequence[int],
-    open_work: OpenWork,
-    options: RunOptions,
-    advance: Callable[..., object],
-) -> Results:
-    work = open_work(0) if parts else None
-    for part in parts:
-        assert work is not None
-        yield run_part(job, part, work, options, advance)
 
 
 def _threads(options: RunOptions) -> int:

@@ -24,6 +24,7 @@ from proxydet.errors import (
     InputError,
     LockedError,
 )
+from proxydet.index import store
 from proxydet.index.build import (
     finish_addition,
     index_images,
@@ -226,11 +227,12 @@ def test_what_a_killed_process_left_of_a_finished_job_is_removed(own, index, det
     assert run_addition(index, job, lambda _: work, shard=shard).added == 4
 
 
-def test_a_job_that_another_process_began_meanwhile_stays(own, index):
+@pytest.mark.parametrize("later", ["p1.png", "p0.png"])
+def test_a_job_that_another_process_began_meanwhile_stays(own, index, later):
     changed(own)
     ended = open_addition(index, [str(own / "p0.png")])
     finish_addition(index)
-    open_addition(index, [str(own / "p1.png")])
+    open_addition(index, [str(own / later)])
     before = (index / "adding" / "job.json").read_bytes()
     finish_addition(index, ended)
     assert (index / "adding" / "job.json").read_bytes() == before
@@ -297,6 +299,43 @@ def test_a_shard_that_comes_when_the_job_has_ended_leaves_none_behind(own, detec
         (0, 4, 0, 4),
     ]
     open_addition(index, [str(own / "p0.png"), str(own / "broken.jpg")], shard=Shard(0, 2))
+
+
+def test_a_plan_of_which_nothing_can_be_read_keeps_no_other_back(
+    own, detector, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("proxydet.index.build.LARGEST_PART", 1)
+    for name in ("a", "b"):
+        (own / f"{name}.jpg").write_bytes(b"no image")
+    index = tmp_path / "photos.index"
+    work = open_index(detector, index)
+    for number in (0, 1, 1):  # the last one was put into the queue again, and comes late
+        job = open_addition(index, [str(own)], shard=Shard(number, 2))
+        done = run_addition(index, job, lambda _: work, shard=Shard(number, 2))
+    assert (done.added, done.unfinished, done.images) == (0, 1, 4)
+    changed(own)
+    assert open_addition(index, [str(own / "p0.png")], shard=Shard(0, 2)).images == 1
+    with pytest.raises(ConfigError, match="sources"):
+        open_addition(index, [str(own / "p1.png")], shard=Shard(0, 2))
+
+
+def test_moved_files_are_taken_a_bounded_number_at_once(own, index, detector, photos, monkeypatch):
+    monkeypatch.setattr("proxydet.index.store._COPIES_AT_ONCE", 2, raising=False)
+    write, written = store.write_part, []
+
+    def counted(folder, arrays):
+        written.append(len(arrays["sizes"]))
+        return write(folder, arrays)
+
+    monkeypatch.setattr(store, "write_part", counted)
+    with IndexWriter(index) as writer:
+        writer.remove([str(photos / "p3.png")])
+    written.clear()
+    own = own.rename(own.with_name("moved"))
+    shutil.copy(own / "p0.png", own / "copy.png")
+    done = run(detector, own, index)
+    assert (done.copied, done.added, done.images, max(written)) == (4, 1, 8, 2)
+    assert StoredIndex(index).verify(images=True) == []
 
 
 def test_a_full_disk_keeps_what_was_committed(own, detector, tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def peak() -> float:
 def measure_detector(run: Path, folder: Path, classes: int, rounds: int) -> None:
     """Run a detector with 60 classes and with many, alternately; print times, ratio and memory."""
     detector = Detector.from_run(run, device="cpu")
-    pixels = [read_image(each.path) for each in find_images([str(folder)]).files]
+    pixels = [read_image(each.path) for each in find_images([str(folder)])]
     trained = detector.vocabulary
     rng = np.random.default_rng(0)
 

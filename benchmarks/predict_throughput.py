@@ -81,7 +81,7 @@ class Subject:
 
     def folder(self, source: Path, times: Times, place: Path) -> None:
         """Measure a folder: its parts, then the whole."""
-        images = find_images([source]).files
+        images = find_images([source])
         pixels = timed(times, "folder: read", lambda: [read_image(p.path) for p in images])
         found = timed(times, "folder: network", lambda: self.predict(pixels))
         results = [
@@ -161,7 +161,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     subject = Subject(Detector.from_run(arguments.run, device="cpu"), arguments.batch)
-    pictures = find_images([arguments.pictures]).files
+    pictures = find_images([arguments.pictures])
     times: Times = {}
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"

@@ -144,7 +144,7 @@ def scan(detector: Detector, folder: Path, images: list[Path], regions: int) -> 
 
 def overhead(detector: Detector, folder: Path, images: list[Path]) -> dict[str, Any]:
     """Compare indexing with predicting without drawing, alternately, in CPU seconds and in seconds."""
-    files = find_images(images).files
+    files = find_images(images)
     settings = detector.settings(
         score_threshold=0.3, masks=False if detector.inference.masks else None
     )

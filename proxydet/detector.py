@@ -591,8 +591,8 @@ class Detector(TrainedClasses):
         regions = network.embed(views, scaled, settings=settings)
         steps_BRSD = torch.stack(regions.detection, dim=2).float().cpu()
         require_finite([steps_BRSD])
-        steps = zip(steps_BRSD.numpy(), scaled, strict=True)
-        return [own_RSD[: len(own)] for own_RSD, own in steps]
+        both = zip(steps_BRSD.numpy(), scaled, strict=True)
+        return [own_RSD[: len(own)] for own_RSD, own in both]
 
     def scaled(self, pixels_HW3: Pixels, settings: InferenceConfig | None = None) -> ScaledImage:
         """Scale an image for the network, once for each view of it: the part of `predict_images` that any thread can do.

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -189,47 +189,54 @@ class JobOptions(ShardOptions):
         out: Output,
         folder: Path,
         sources: Sequence[str],
+        prepare: Callable[[], tuple[OpenWork, dict[str, Any]]],
         *,
-        open_work: OpenWork,
-        identity: dict[str, Any],
         request: str,
         parts: PartFormat,
-        shard: Shard,
         overwrite: bool,
         batch_size: int,
     ) -> None:
-        """Plan or continue a job, run it, and print its summary.
+        """Plan or continue a job, run it, and print its summary; of one that the same command has finished, print only that.
 
         Args:
             out: Where it is printed.
             folder: Of the job.
             sources: What the user named; ``-``: the list on stdin.
-            open_work: Opens the work, in this process or in others.
-            identity: What the results depend on; see `open_job`.
+            prepare: Opens the detector, where there is something to be done; returns what opens the work, in this process or in
+                others, and what the results depend on, see `open_job`.
             request: What `request_of` returned.
             parts: How results are written.
-            shard: Which parts.
             overwrite: Replace the job that is there, once the images of the new one are found.
             batch_size: Images in the network at once.
 
         Raises:
             DataError: Images could not be read; the others are done.
-            ProxydetError: As of `open_job` and `run_job`.
+            ProxydetError: As of `check`, `open_job` and `run_job`.
         """
-        from proxydet.inference.sharded import open_job, run_job
+        from proxydet.inference.sharded import finished_job, open_job, run_job
         from proxydet_cli.progress import show_progress
 
+        shard = self.check(folder, sources, overwrite=overwrite)
+        retry = self.retry_errors
+        asked: dict[str, Any] = {"request": request, "parts": parts}
+        if not overwrite:
+            found = finished_job(folder, sources, **asked, shard=shard, retry_errors=retry)
+            if found is not None:
+                out.message(f"the job in {folder} is finished")
+                _report(out, *found, shard)
+                return
+        self.load()
+        open_work, identity = prepare()
         options, progress = self.options(batch_size), show_progress()
         with list_on_stdin(sources) as stdin:
             job = open_job(
                 folder,
                 sources,
+                **asked,
                 identity=identity,
-                parts=parts,
                 part_images=self.part_size,
                 stdin=stdin,
                 overwrite=overwrite,
-                request=request,
                 progress=progress,
             )
         report_plan(out, job)
@@ -239,48 +246,10 @@ class JobOptions(ShardOptions):
             options=options,
             shard=shard,
             engine=self.engine.value,
-            retry_errors=self.retry_errors,
+            retry_errors=retry,
             progress=progress,
         )
         _report(out, job, done, shard)
-
-    def report_finished(
-        self,
-        out: Output,
-        folder: Path,
-        sources: Sequence[str],
-        *,
-        request: str,
-        parts: PartFormat,
-        shard: Shard,
-    ) -> bool:
-        """Print the summary of a job that the same command has finished, and return whether it has: no detector is opened for that.
-
-        Args:
-            out: As of `run`, as are the others.
-            folder: Of the job.
-            sources: What the user named.
-            request: What `request_of` returned.
-            parts: How results are written.
-            shard: Which parts.
-
-        Raises:
-            DataError: Images could not be read.
-        """
-        from proxydet.inference.sharded import finished_job
-
-        found = finished_job(
-            folder,
-            sources,
-            request=request,
-            parts=parts,
-            shard=shard,
-            retry_errors=self.retry_errors,
-        )
-        if found is not None:
-            out.message(f"the job in {folder} is finished")
-            _report(out, *found, shard)
-        return found is not None
 
 
 def request_of(named: NamedDetector, *options: Any) -> str:

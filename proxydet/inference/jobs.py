@@ -42,14 +42,9 @@ class ImageResult:
     """uint8 (H, W, 3) RGB."""
     found: Detections
 
-    @property
-    def file(self) -> Path:
-        """The image's file."""
-        return self.image.path
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values, ready for JSON."""
-        return {"file": self.image.label, **self.found.to_dict()}
+        return {"file": self.image.source.name, **self.found.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +98,7 @@ def predict_files(
     stopped: KeyboardInterrupt | None = None
 
     def read(image: ImageFile) -> tuple[Pixels, ScaledImage]:
-        pixels = image.read()
+        pixels = image.source.read()
         return pixels, detector.scaled(pixels, settings)
 
     def detect(batch: list[tuple[Pixels, ScaledImage]]) -> list[Prediction]:
@@ -122,8 +117,7 @@ def predict_files(
                     if len(images) == 1:
                         raise made
                     logger.warning("%s", printable(made.message))
-                    place = image.path if image.source is None else image.label
-                    unreadable.append(Unreadable(file=place, reason=made.message))
+                    unreadable.append(Unreadable(file=image.source.name, reason=made.message))
                     continue
                 (pixels, _), prediction = made
                 found = Detections(prediction, vocabulary.reported)
@@ -131,7 +125,7 @@ def predict_files(
                 if on_result is not None:
                     on_result(result)
                 done, detections = done + 1, detections + len(found)
-                behind.add(result, image.label)
+                behind.add(result, image.source.name)
         except KeyboardInterrupt as error:
             stopped = error
         saved = behind.finish()
@@ -229,21 +223,16 @@ def predict_video(
             )
         )
         try:
-            while True:
-                try:
-                    result = next(results, None)
-                except DataError as error:
-                    if frames == 0:
-                        raise
-                    broken = error.message
-                    break
-                if result is None:
-                    break
+            for result in results:
                 frames, detections = frames + 1, detections + len(result.found)
                 if on_result is not None:
                     on_result(name, result)
                 behind.add(result, f"frame {result.index} of {name}")
                 task.advance()
+        except DataError as error:
+            if frames == 0:
+                raise
+            broken = error.message
         except KeyboardInterrupt as error:
             stopped = error
         saved = behind.finish() if frames else ()

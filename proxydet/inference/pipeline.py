@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -22,6 +26,8 @@ Found = TypeVar("Found")
 
 READERS = 4
 """Threads that read images ahead; an object store, which is slow to answer and not to read, takes more."""
+ENDING_S = 5.0
+"""Seconds that the end waits for threads that still read."""
 _PREPARERS = 2
 _WINDOW = 8
 
@@ -49,21 +55,31 @@ def run_images(
     Yields:
         In the order of the items, each with its image and what was found in it, or with the error of reading it.
     """
-
-    def attempt(item: Item) -> Image | DataError:
-        try:
-            return read(item)
-        except DataError as error:
-            return error
-
     window = batch_size if shape is None else _WINDOW * batch_size
     waiting: deque[tuple[Item, Future[Image | DataError]]] = deque()
     upcoming = iter(items)
-    pool = ThreadPoolExecutor(readers, "read")
+    given: SimpleQueue[tuple[Item, Future[Image | DataError]] | None] = SimpleQueue()
+
+    def work() -> None:
+        while (task := given.get()) is not None:
+            item, future = task
+            try:
+                future.set_result(read(item))
+            except DataError as error:
+                future.set_result(error)
+            except BaseException as error:  # noqa: BLE001 raised where it is waited for
+                future.set_exception(error)
+            del task, item, future  # the image is not kept until the next one comes
+
+    # Daemons, unlike those of an executor: one that waits for a store keeps no process from ending.
+    threads = [threading.Thread(target=work, name="read", daemon=True) for _ in range(readers)]
+    for thread in threads:
+        thread.start()
     try:
         while True:
             for item in islice(upcoming, window + batch_size + readers - len(waiting)):
-                waiting.append((item, pool.submit(attempt, item)))
+                waiting.append((item, Future()))
+                given.put(waiting[-1])
             if not waiting:
                 return
             taken = [waiting.popleft() for _ in range(min(window, len(waiting)))]
@@ -84,7 +100,14 @@ def run_images(
             for index, (item, image) in enumerate(pairs):
                 yield item, image if isinstance(image, DataError) else (image, found[index])
     finally:
-        pool.shutdown(cancel_futures=True)
+        with contextlib.suppress(Empty):
+            while True:
+                given.get_nowait()
+        for _ in threads:
+            given.put(None)
+        end = time.monotonic() + ENDING_S
+        for thread in threads:
+            thread.join(max(end - time.monotonic(), 0))
 
 
 class Writer(ABC):

@@ -17,10 +17,15 @@ import re
 import stat
 import tarfile
 import tempfile
+import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -35,29 +40,16 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-VIDEO_SUFFIXES = frozenset(
-    [
-        ".3gp",
-        ".avi",
-        ".flv",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".ogv",
-        ".ts",
-        ".webm",
-        ".wmv",
-    ]
-)
+VIDEO_SUFFIXES = frozenset([
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
+    ".mts", ".ogv", ".ts", ".webm", ".wmv",
+])  # fmt: skip
 """Suffixes of files that count as videos where images may be meant too."""
 
 RETRY_WAITS_S = (1.0, 5.0)
 """Seconds between the attempts to read from an object store."""
+ANSWER_S = 60.0
+"""Seconds that a store has to answer each of them; of an object whose size is known, one more for each MiB."""
 LARGEST_IMAGE = 1 << 30
 """Bytes of an image in a tar or a store, which is read into memory as a whole."""
 
@@ -135,9 +127,17 @@ class SourceImage(NamedTuple):
                 raise DataError(
                     f"cannot read {self.name}: the tar has changed since it was listed", hint=_AGAIN
                 )
-            data = _read_range(place, self.offset, length if self.tar else length + 1)
+            end = self.offset + length + (not self.tar)
+            # Fewer bytes where the object ends before; a server that knows no ranges gives all.
+            data: bytes = _asked(
+                place,
+                lambda store, path: store.cat_file(path, start=self.offset, end=end),
+                size=self.size or 0,
+            )
             if not self.tar and len(data) > length:  # another object than was listed
-                data = _read_range(place, 0, LARGEST_IMAGE + 1)
+                data = _asked(
+                    place, lambda store, path: store.cat_file(path, end=LARGEST_IMAGE + 1)
+                )
             if len(data) > LARGEST_IMAGE:
                 raise self._too_large()
         else:
@@ -191,70 +191,61 @@ def file_state(path: str | Path) -> tuple[int, int] | None:
 class ImageFile:
     """An image to run on."""
 
-    path: Path
+    source: SourceImage
     name: Path
     """Where its results go below the output folder: relative, without suffix, different for every image."""
-    source: SourceImage | None = None
-    """What is in a tar or a store; None: the image is a file."""
 
     @property
-    def label(self) -> str:
-        """What results and messages call it."""
-        return str(self.path) if self.source is None else self.source.name
-
-    def read(self) -> Pixels:
-        """Decode the image; errors as of `SourceImage.read`."""
-        return read_image(self.path) if self.source is None else self.source.read()
+    def path(self) -> Path:
+        """Its file; of what is in a tar or a store, its name."""
+        return Path(self.source.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unreadable:
     """An image that could not be read."""
 
-    file: Path | str
+    file: str
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class FoundImages:
-    """What a user's sources stand for."""
-
-    files: tuple[ImageFile, ...] = ()
-    """Each file once, in the order given; those of a folder or a pattern by name."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Files of folders and patterns that are not read, by kind: ``".heic"``, ``"broken link"``, ..."""
-
-
 def find_images(
-    sources: Iterable[str | Path], *, reserved: Iterable[str] = (), listed: Collection[str] = ()
-) -> FoundImages:
+    sources: Iterable[str | Path],
+    left_out: Counter[str] | None = None,
+    *,
+    reserved: Iterable[str] = (),
+    listed: Collection[str] = (),
+) -> tuple[ImageFile, ...]:
     """Find images, and give each a name of its own for its results; for millions there is `stream_images`.
 
     Args:
         sources: As for `stream_images`.
+        left_out: As for `stream_images`; None: they are not counted.
         reserved: Names in the output folder that other results have; an image or folder of that name gets a number.
         listed: Those of the sources that come from a long list: one that is not there is found out when it is read, like
             an image that cannot be read.
+
+    Returns:
+        Each image once, in the order given; those of a folder or a pattern by name.
 
     Raises:
         DataError: A source is not there or holds no images, or nothing was given.
     """
     found: dict[Path, tuple[SourceImage, Path]] = {}
-    left_out: Counter[str] = Counter()
+    counts = Counter() if left_out is None else left_out
     for source in sources:
-        for image, name in _expand(str(source), left_out, listed=source in listed):
-            found.setdefault(Path(image.name), (image, name))
+        for image, name in _expand(str(source), counts, listed=source in listed):
+            path = Path(image.name)
+            plain = image._replace(name=str(path)) if image.is_file else image  # a.jpg, not ./a.jpg
+            found.setdefault(path, (plain, name))
     if not found:
         raise DataError("no images were given", hint="name files, folders or patterns")
     taken: set[Path] = set()
     avoided = frozenset(reserved)
-    files = tuple(
-        ImageFile(
-            path, unique_name(_clear_of(name, avoided), taken), None if image.is_file else image
-        )
-        for path, (image, name) in found.items()
+    return tuple(
+        ImageFile(image, unique_name(_clear_of(name, avoided), taken))
+        for image, name in found.values()
     )
-    return FoundImages(files=files, left_out=left_out)
 
 
 def stream_images(
@@ -305,7 +296,7 @@ def read_list(path: Path) -> Iterator[str]:
         if path.suffix == ".gz":
             file = stack.enter_context(gzip.GzipFile(fileobj=file))
         rest, mark = b"", b""
-        while block := file.read(1 << 20):
+        while block := _block(file):
             mark = mark or (b"\0" if b"\0" in block else b"\n")
             *names, rest = (rest + block).split(mark)
             if len(rest) > _LONGEST_NAME:
@@ -314,10 +305,12 @@ def read_list(path: Path) -> Iterator[str]:
         yield from _names([rest], mark)
 
 
-def names_in_list(data: bytes) -> Iterator[str]:
-    """Yield the names in the content of a list, as `read_list` does."""
-    mark = b"\0" if b"\0" in data else b"\n"
-    return _names(data.split(mark), mark)
+def _block(file: Any) -> bytes:
+    try:
+        data: bytes = file.read(1 << 20)
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"it is damaged: {error}") from error
+    return data
 
 
 def _names(raw: Iterable[bytes], mark: bytes) -> Iterator[str]:
@@ -492,9 +485,14 @@ def _in_tar(place: str, left_out: Counter[str]) -> Iterator[tuple[SourceImage, P
     try:
         with contextlib.ExitStack() as stack:
             if remote:
-                store, key = _store(place)
                 info = _info(place)
-                file: BinaryIO = stack.enter_context(_asked(place, lambda: store.open(key, "rb")))
+                if info.get("size") is None:
+                    raise DataError(
+                        f"cannot read {place[:500]}: its server does not state its size",
+                        hint="download it first and give the file",
+                    )
+                file: BinaryIO = _asked(place, lambda store, key: store.open(key, "rb"))
+                stack.enter_context(file)
                 length, stamp = int(info["size"]), _tag(info)
             else:
                 file = stack.enter_context(open_regular(Path(place)))
@@ -502,7 +500,9 @@ def _in_tar(place: str, left_out: Counter[str]) -> Iterator[tuple[SourceImage, P
                 length, stamp = status.st_size, str(status.st_mtime_ns)
             refuse_placeholder(file.read(PLACEHOLDER_BYTES))
             file.seek(0)
-            for member in tar_members(file, length):
+            members = tar_members(file, length)
+            upcoming = partial(next, members, None)
+            while member := _answer(upcoming, ANSWER_S) if remote else upcoming():
                 path = PurePosixPath(member.name)
                 suffix = path.suffix.lower()
                 if path.name.startswith("."):
@@ -535,7 +535,6 @@ def _in_store(
 ) -> Iterator[tuple[SourceImage, Path]]:
     """Yield the images of an object, a folder or a pattern in a store; an object of a list is not asked for."""
     bare = PurePosixPath(url.partition("?")[0])
-    store, root = _store(url)
     # A page of the web has no folders, and ? in its address is no pattern.
     web = url.startswith(("http://", "https://"))
     if web or (listed and bare.suffix.lower() in readable_suffixes()):
@@ -545,14 +544,15 @@ def _in_store(
             yield SourceImage(url), Path(bare.stem)
         return
 
-    def found() -> tuple[str, list[dict[str, Any]]]:
+    def found(store: Any, root: str) -> tuple[str, list[dict[str, Any]]]:
         if glob.has_magic(root) and not store.exists(root):
             return "pattern", list(store.glob(root, detail=True).values())
         return ("folder", []) if store.isdir(root) else ("object", [store.info(root)])
 
     kind, entries = _asked(url, found)
+    store, root = _store(url)
     none = True
-    for batch in _folders_in(store, root) if kind == "folder" else [entries]:
+    for batch in _folders_in(url) if kind == "folder" else [entries]:
         for entry in sorted(batch, key=lambda entry: str(entry["name"])):
             path = PurePosixPath(str(entry["name"]))
             suffix = path.suffix.lower()
@@ -578,13 +578,18 @@ def _in_store(
         )
 
 
-def _folders_in(store: Any, root: str) -> Iterator[list[dict[str, Any]]]:
+def _folders_in(url: str) -> Iterator[list[dict[str, Any]]]:
     """Yield what is in each folder of a store: one folder is in memory at once."""
-    folders = [root]
+
+    def listed(store: Any, root: str) -> list[dict[str, Any]]:
+        entries: list[dict[str, Any]] = store.ls(folder or root)
+        store.invalidate_cache()
+        return entries
+
+    folders = [""]
     while folders:
         folder = folders.pop()
-        entries: list[dict[str, Any]] = _asked(folder, lambda place=folder: store.ls(place))  # type: ignore[misc]
-        store.invalidate_cache()
+        entries = _asked(url, listed)
         below = [str(entry["name"]) for entry in entries if entry["type"] == "directory"]
         folders += sorted((name for name in below if name != folder), reverse=True)
         yield entries
@@ -597,10 +602,13 @@ def _tag(info: Mapping[str, Any]) -> str:
 
 def _info(url: str) -> Mapping[str, Any]:
     """Return what a store says of an object now, not what fsspec remembers of it."""
-    store, path = _store(url)
-    store.invalidate_cache()
-    info: Mapping[str, Any] = _asked(url, lambda: store.info(path))
-    return info
+
+    def info(store: Any, path: str) -> Mapping[str, Any]:
+        store.invalidate_cache()
+        found: Mapping[str, Any] = store.info(path)
+        return found
+
+    return _asked(url, info)
 
 
 _tags: dict[str, tuple[float, str]] = {}  # when it was asked for, and the tag
@@ -616,13 +624,6 @@ def _tag_now(url: str) -> str:
         tag = _tag(_info(url))
         _tags[url] = now, tag
     return tag
-
-
-def _read_range(url: str, start: int, length: int) -> bytes:
-    """Return bytes of an object, fewer where it ends before; a server that knows no ranges gives all."""
-    store, path = _store(url)
-    data: bytes = _asked(url, lambda: store.cat_file(path, start=start, end=start + length))
-    return data
 
 
 def _store(url: str) -> tuple[Any, str]:
@@ -645,8 +646,13 @@ def _store(url: str) -> tuple[Any, str]:
     return store, str(path)
 
 
-def _asked(url: str, action: Callable[[], T]) -> T:
-    """Return what a store answers; one that does not is asked again, after `RETRY_WAITS_S`.
+def _asked(url: str, action: Callable[[Any, str], T], *, size: int = 0) -> T:
+    """Return what a store answers; one that does not within `ANSWER_S` is asked again, after `RETRY_WAITS_S`.
+
+    Args:
+        url: What is asked for.
+        action: Is given the store and the path in it.
+        size: Bytes of the answer, where they are known.
 
     Raises:
         DataError: What is asked for is not there.
@@ -654,7 +660,14 @@ def _asked(url: str, action: Callable[[], T]) -> T:
     """
     for wait in (*RETRY_WAITS_S, None):
         try:
-            return action()
+            store, path = _store(url)
+            try:
+                return _answer(partial(action, store, path), ANSWER_S + size / (1 << 20))
+            except TimeoutError:
+                type(store).clear_instance_cache()  # the next attempt has a connection of its own
+                raise
+        except ProxydetError:
+            raise
         except (FileNotFoundError, IsADirectoryError) as error:
             raise DataError(
                 f"there is no file {url[:500]}",
@@ -667,6 +680,26 @@ def _asked(url: str, action: Callable[[], T]) -> T:
                 raise _unreachable(url, error) from error
             time.sleep(wait)
     raise AssertionError
+
+
+def _answer(action: Callable[[], T], seconds: float) -> T:
+    """Return what a function returns, or raises, within so many seconds.
+
+    Raises:
+        TimeoutError: It takes longer; its thread is left alone, and not waited for at the end of the process.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(action())
+        except BaseException as error:  # noqa: BLE001 raised where it is waited for
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="store", daemon=True).start()
+    if wait_for([answer], seconds).not_done:
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    return answer.result()
 
 
 def _unreachable(url: str, error: Exception) -> UnreachableError:

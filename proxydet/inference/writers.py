@@ -26,7 +26,7 @@ from proxydet.errors import ConfigError, MissingDependencyError, RuntimeEnvironm
 from proxydet.files import discard, staged, write_bytes, write_errors, write_text
 from proxydet.inference.pipeline import Writer
 from proxydet.inference.sources import ImageFile, VideoSource, unique_name
-from proxydet.wording import first_of, json_text, printable, table_cell
+from proxydet.wording import json_text, printable, table_cell
 
 if TYPE_CHECKING:
     from proxydet.detections import Detections, FrameResult
@@ -154,11 +154,10 @@ def part_format(kind: str) -> PartFormat:
         ConfigError: There is no such kind.
         MissingDependencyError: Parquet without pyarrow.
     """
+    check_kinds([kind], PART_KINDS)
     if kind == "parquet":
         _pyarrow()
         return ParquetParts()
-    if kind not in PART_KINDS:
-        raise ConfigError(f"cannot save {kind!r}", hint=f"choose from {', '.join(PART_KINDS)}")
     return JsonLinesParts(packed=kind.endswith(".gz"))
 
 
@@ -266,21 +265,16 @@ def _pyarrow() -> Any:
 # --- Writers -----------------------------------------------------------------------------------------------------------
 
 
-def check_kinds(kinds: Sequence[str], *, video: bool = False) -> None:
+def check_kinds(kinds: Iterable[str], known: Iterable[str] = KINDS) -> None:
     """Check that all kinds can be saved.
 
-    Args:
-        kinds: What is to be saved.
-        video: Of a video, not of images.
-
     Raises:
-        ConfigError: One cannot.
+        ConfigError: One is not among those that are known.
     """
-    known: Iterable[str] = VIDEO_KINDS if video else (*KINDS, *PART_KINDS)
     for kind in kinds:
         if kind not in known:
             raise ConfigError(
-                f"cannot save {kind!r} of a video" if video else f"cannot save {kind!r}",
+                f"cannot save {kind!r}{' of a video' if known is VIDEO_KINDS else ''}",
                 hint=f"choose from {', '.join(known)}; or none, alone",
             )
 
@@ -300,21 +294,16 @@ def make_writers(
         ConfigError: There is no such kind.
     """
     check_kinds(kinds)
-    if set(kinds) & set(PART_KINDS):
-        raise ConfigError(
-            f"{first_of(PART_KINDS)} cannot be combined with other kinds",
-            hint="save one of them alone: --save jsonl",
-        )
     makers: dict[str, Callable[[], Writer]] = {
-        "images": lambda: _DrawnImages(folder, style),
-        "json": lambda: _JsonFiles(folder),
+        "images": lambda: _FilePerImage(folder, "images", style),
+        "json": lambda: _FilePerImage(folder, "json"),
         "coco": lambda: _CocoFile(folder / _COMMON["coco"], names),
         "yolo": lambda: _YoloSet(folder / _COMMON["yolo"], names),
         "voc": lambda: _VocSet(folder / _COMMON["voc"]),
         "labelstudio": lambda: _LabelStudioTasks(folder / _COMMON["labelstudio"], names),
         "crops": lambda: _Crops(folder / _COMMON["crops"]),
         "csv": lambda: CsvTable(
-            folder / _COMMON["csv"], ["file"], lambda result: [table_cell(result.image.label)]
+            folder / _COMMON["csv"], ["file"], lambda result: [table_cell(result.image.source.name)]
         ),
     }
     return [makers[kind]() for kind in dict.fromkeys(kinds)]
@@ -342,7 +331,7 @@ def make_frame_writers(
     Raises:
         ConfigError: There is no such kind, or the annotated video would replace the one that is read.
     """
-    check_kinds(kinds, video=True)
+    check_kinds(kinds, VIDEO_KINDS)
     targets = {kind: target.with_name(target.name + suffix) for kind, suffix in VIDEO_KINDS.items()}
     drawn = targets["images"]
     if "images" in kinds and source.path is not None and drawn.exists():
@@ -366,40 +355,25 @@ def _refuse_replacing(source: Path, target: Path, what: str) -> None:
         raise ConfigError(f"{what} would replace {source}", hint="choose another --output folder")
 
 
-class _DrawnImages(Writer):
-    """Each image with its detections drawn: PNG for PNG files, JPEG for all others."""
+class _FilePerImage(Writer):
+    """A file for each image: its detections drawn (PNG for PNG files, JPEG for all others), or as JSON."""
 
-    def __init__(self, folder: Path, style: DrawingStyle | None) -> None:
+    def __init__(self, folder: Path, kind: str, style: DrawingStyle | None = None) -> None:
         self._folder = folder
+        self._kind = kind
         self._style = style
         self._written: list[Path] = []
 
-    def prepare(self, result: ImageResult) -> tuple[Path, bytes]:
-        target = self._folder / _file(result.image, "images")
-        _refuse_replacing(result.file, target, "the drawn image")
-        return target, _encoded(result.found.draw(result.pixels, self._style), target.suffix)
+    def prepare(self, result: ImageResult) -> bytes:
+        if self._kind == "json":
+            return json_text(result.to_dict()).encode("utf-8", "surrogateescape")
+        target = self._folder / _file(result.image, self._kind)
+        _refuse_replacing(result.image.path, target, "the drawn image")
+        return _encoded(result.found.draw(result.pixels, self._style), target.suffix)
 
-    def add(self, result: ImageResult, prepared: tuple[Path, bytes]) -> None:  # noqa: ARG002
-        target, data = prepared
-        self._written.append(write_bytes(target, data, durable=False))
-
-    def finish(self) -> list[Path]:
-        return self._written
-
-
-class _JsonFiles(Writer):
-    """A JSON file for each image: `Detections.to_dict` with the file's name."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._written: list[Path] = []
-
-    def prepare(self, result: ImageResult) -> str:
-        return json_text(result.to_dict())
-
-    def add(self, result: ImageResult, prepared: str) -> None:
-        target = self._folder / _file(result.image, "json")
-        self._written.append(write_text(target, prepared, durable=False))
+    def add(self, result: ImageResult, prepared: bytes) -> None:
+        target = self._folder / _file(result.image, self._kind)
+        self._written.append(write_bytes(target, prepared, durable=False))
 
     def finish(self) -> list[Path]:
         return self._written
@@ -423,7 +397,12 @@ class _CocoFile(Writer):
         image_id = len(self._images) + 1
         height, width = result.found.image_size
         self._images.append(
-            {"id": image_id, "file_name": result.image.label, "width": width, "height": height}
+            {
+                "id": image_id,
+                "file_name": result.image.source.name,
+                "width": width,
+                "height": height,
+            }
         )
         for row in prepared:
             mask, (_, _, w, h) = row.get("segmentation"), row["bbox"]
@@ -464,20 +443,21 @@ class _DataSet(Writer):
         """Write the file, and put the image into the folder: as a hard link where the disk can, else as a copy."""
         # "a/b" and "a_b" are two images.
         name = unique_name(Path("_".join(result.image.name.parts)), self._taken).name
-        image = self._folder / self.images / f"{name}{result.file.suffix}"
+        file = result.image.path
+        image = self._folder / self.images / f"{name}{file.suffix}"
         with write_errors(image):
             image.parent.mkdir(parents=True, exist_ok=True)
-            if result.image.source is not None:
-                content = result.image.source.encoded()
+            # What is there is never written into: it may be a link to another photograph.
+            content = result.image.source.encoded()
+            if isinstance(content, bytes):
                 image.unlink(missing_ok=True)
-                image.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-            elif not image.exists() or not image.samefile(result.file):
-                # Never written into: it may be a link to another photograph.
+                image.write_bytes(content)
+            elif not image.exists() or not image.samefile(file):
                 image.unlink(missing_ok=True)
                 try:
-                    os.link(result.file.resolve(), image)
+                    os.link(file.resolve(), image)
                 except OSError:
-                    shutil.copyfile(result.file, image)
+                    shutil.copyfile(file, image)
         text = self.text(result, image.name, prepared)
         write_text(self._folder / self.texts / f"{name}{self.suffix}", text, durable=False)
 
@@ -548,7 +528,7 @@ class _LabelStudioTasks(Writer):
             for item in result.found
         ]
         source = result.image.source
-        place = result.file.absolute().as_posix() if source is None else source.name
+        place = result.image.path.absolute().as_posix() if source.is_file else source.name
         return label_studio.task(place, regions)
 
     def add(self, result: ImageResult, prepared: dict[str, Any]) -> None:  # noqa: ARG002

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from proxydet.wording import counted
-from proxydet_cli.jobs import JobOptions, request_of
+from proxydet_cli.jobs import JobOptions, list_on_stdin, request_of
 from proxydet_cli.opening import (
     BaseAbove,
     BatchSize,
@@ -38,8 +37,12 @@ from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.detections import Detections, FrameResult
+    from proxydet.detector import Detector
     from proxydet.inference.jobs import ImageResult, PredictionSummary, VideoSummary
-    from proxydet.inference.sources import VideoFile
+    from proxydet.inference.sharded import OpenWork
+    from proxydet.inference.sources import ImageFile
+    from proxydet.modeling.config import InferenceConfig
+    from proxydet.vocabulary.vocabulary import Vocabulary
 
 app = command_app()
 
@@ -153,14 +156,16 @@ def predict(
 
     from proxydet.data.images import read_large_images
     from proxydet.inference.sources import (
-        FoundImages,
         describe_left_out,
         find_images,
         name_videos,
         pyav,
+        read_list,
         split_sources,
     )
     from proxydet.inference.writers import (
+        KINDS,
+        PART_KINDS,
         VIDEO_KINDS,
         check_kinds,
         choose_folder,
@@ -177,93 +182,93 @@ def predict(
     named = model.find()
     inference.check(named)
     kinds = _kinds(save, json=json)
-    check_kinds(kinds)
+    check_kinds(kinds, (*KINDS, *PART_KINDS))
     kind = _job_kind(save, kinds, given_options(context, JobOptions))
     out = Output(json=json)
-    images = FoundImages()
-    videos: tuple[VideoFile, ...] = ()
-    if kind is not None:
-        if track:
-            raise typer.BadParameter(
-                f"--track follows objects in videos, --save {kind} is of images"
-            )
-        folder = output or Path("predictions")
-        shard = job.check(folder, sources, overwrite=overwrite)
-        request = request_of(
-            named,
-            *(model, classes, inference, score_threshold, top, one_label, masks, base_above),
-            job.part_size,
-        )
-        parts = part_format(kind)
-        asked: dict[str, Any] = {"request": request, "parts": parts, "shard": shard}
-        if not overwrite and job.report_finished(out, folder, sources, **asked):
-            return
-        job.load()
-    else:
-        sources, listed = _with_stdin(sources)
-        named_images, named_videos = split_sources(sources)
-        if track and not named_videos:
-            raise typer.BadParameter("--track follows objects in videos, and none is given")
-        if named_videos:
-            pyav()
-            if track:
-                from proxydet.inference.tracking import tracking_library
 
-                tracking_library()
-            check_kinds(kinds, video=True)
-        if named_images or not named_videos:
-            images = find_images(named_images, reserved=reserved_names(kinds), listed=listed)
-        # The table of all images is called detections.csv.
-        videos = name_videos(named_videos, reserved=["detections"] if images.files else [])
-        targets = list(output_files(kinds, images.files)) if images.files else []
-        for video in videos:
-            name = video.name.name
-            targets += [video.name.with_name(name + VIDEO_KINDS[saved]) for saved in kinds]
-        folder = choose_folder(output, targets, overwrite=overwrite) if kinds else Path()
-        if images.left_out:
-            out.message(f"left out: {describe_left_out(images.left_out)}")
+    def opened() -> tuple[Detector, Vocabulary, InferenceConfig]:
+        # Loads torch, for seconds: what can be refused was refused.
+        detector = inference.apply(open_detector(named, classes, device=model.device, yes=yes))
+        if inference.precision is None and (faster := detector.faster_precision()) is not None:
+            out.message(f"hint: {faster}")
+        detector = detector.with_settings(agnostic_nms=one_label, masks=masks)
+        if detector.inference.tiles:
+            read_large_images()
+        vocabulary = classes.open(detector, base_above=base_above, yes=yes)
+        settings = detector.settings(score_threshold=score_threshold, max_detections=top)
+        return detector, vocabulary, settings
 
-    opened = open_detector(named, classes, device=model.device, yes=yes)
-    # Loads torch, for seconds: what can be refused was refused.
-    from proxydet.inference.jobs import predict_files, predict_video
-
-    detector = inference.apply(opened)
-    if inference.precision is None and (faster := detector.faster_precision()) is not None:
-        out.message(f"hint: {faster}")
-    detector = detector.with_settings(agnostic_nms=one_label, masks=masks)
-    if detector.inference.tiles:
-        read_large_images()
-    vocabulary = classes.open(detector, base_above=base_above, yes=yes)
-    settings = detector.settings(score_threshold=score_threshold, max_detections=top)
-    if kind is not None:
+    def prepared() -> tuple[OpenWork, dict[str, Any]]:
+        detector, vocabulary, settings = opened()
         from proxydet.inference.rows import DetectionWork, OpenDetection
 
         work = DetectionWork(detector=detector, vocabulary=vocabulary, settings=settings)
         opening = OpenDetection(
             named=named, **job.spread(model.device), vocabulary=vocabulary, settings=settings
         )
+        return (lambda _: work) if job.here else opening, work.identity
+
+    if kind is not None:
+        if track:
+            raise typer.BadParameter(
+                f"--track follows objects in videos, --save {kind} is of images"
+            )
+        asked = (model, classes, inference, score_threshold, top, one_label, masks, base_above)
         job.run(
             out,
-            folder,
+            output or Path("predictions"),
             sources,
-            open_work=(lambda _: work) if job.here else opening,
-            identity=work.identity,
+            prepared,
+            request=request_of(named, *asked, job.part_size),
+            parts=part_format(kind),
             overwrite=overwrite,
             batch_size=batch_size,
-            **asked,
         )
         return
 
+    left_out: Counter[str] = Counter()
+    images: tuple[ImageFile, ...] = ()
+    with list_on_stdin(sources) as stdin:
+        listed = [] if stdin is None else list(read_list(stdin))
+    named_images, named_videos = split_sources(
+        [name for source in sources for name in (listed if source == "-" else [source])]
+    )
+    if track and not named_videos:
+        raise typer.BadParameter("--track follows objects in videos, and none is given")
+    if named_videos:
+        pyav()
+        if track:
+            from proxydet.inference.tracking import tracking_library
+
+            tracking_library()
+        check_kinds(kinds, VIDEO_KINDS)
+    if named_images or not named_videos:
+        images = find_images(
+            named_images, left_out, reserved=reserved_names(kinds), listed=frozenset(listed)
+        )
+    # The table of all images is called detections.csv.
+    videos = name_videos(named_videos, reserved=["detections"] if images else [])
+    targets = list(output_files(kinds, images)) if images else []
+    for video in videos:
+        name = video.name.name
+        targets += [video.name.with_name(name + VIDEO_KINDS[saved]) for saved in kinds]
+    folder = choose_folder(output, targets, overwrite=overwrite) if kinds else Path()
+    if left_out:
+        out.message(f"left out: {describe_left_out(left_out)}")
+
+    detector, vocabulary, settings = opened()
+    from proxydet.inference.jobs import predict_files, predict_video
+
     if quiet is None:
-        quiet = len(images.files) > _MANY
-    shown = _Shown(out, images.left_out, lines=bool(videos), quiet=quiet)
-    alone = len(images.files) + len(videos) == 1
+        quiet = len(images) > _MANY
+    shown = _Shown(out, left_out, lines=bool(videos), quiet=quiet)
+    alone = len(images) + len(videos) == 1
     progress = show_progress()
-    if images.files:
-        with shown.continuing(str(images.files[0].path), alone=alone):
+    if images:
+        with shown.continuing(images[0].source.name, alone=alone):
             done = predict_files(
                 detector,
-                images.files,
+                images,
                 vocabulary=vocabulary,
                 settings=settings,
                 batch_size=batch_size,
@@ -291,21 +296,6 @@ def predict(
     shown.conclude()
 
 
-def _with_stdin(sources: list[str]) -> tuple[list[str], frozenset[str]]:
-    """Replace ``-`` by the names on stdin: one a line, or separated by NUL as ``find -print0`` writes them.
-
-    Returns:
-        All sources, and those from stdin.
-    """
-    if "-" not in sources:
-        return sources, frozenset()
-    from proxydet.inference.sources import names_in_list
-
-    listed = list(names_in_list(sys.stdin.buffer.read()))
-    replaced = [name for source in sources for name in (listed if source == "-" else [source])]
-    return replaced, frozenset(listed)
-
-
 def _kinds(save: list[str] | None, *, json: bool) -> list[str]:
     if not save:
         return [] if json else ["images"]
@@ -318,16 +308,7 @@ def _kinds(save: list[str] | None, *, json: bool) -> list[str]:
 
 
 def _job_kind(save: list[str] | None, kinds: list[str], options: list[str]) -> str | None:
-    """Return the form of a job's results; None: images are run on one by one.
-
-    Args:
-        save: What ``--save`` takes.
-        kinds: What it means.
-        options: The given options of a job.
-
-    Raises:
-        ConfigError: They contradict each other.
-    """
+    """Return the form of a job's results; None: images are run on one by one. ``options``: those of a job that are given."""
     from proxydet.errors import ConfigError
     from proxydet.inference.writers import PART_KINDS
 
@@ -365,20 +346,21 @@ class _Shown:
 
     def image(self, result: ImageResult) -> None:
         """Print, or collect, the result of an image."""
-        if not self._out.json:
-            if not self._quiet:
-                self._out.row(f"{result.image.label}: {_summary(result.found)}")
-        elif self._lines:
-            self._out.line(result.to_dict())
-        else:
-            self._collected.append(result.to_dict())
+        self._result(result.to_dict, result.image.source.name, result.found)
 
     def frame(self, video: str, result: FrameResult) -> None:
         """Print the result of a frame."""
-        if self._out.json:
-            self._out.line(result.to_dict(video))
-        elif not self._quiet:
-            self._out.row(f"{video} {result.seconds:.2f} s: {_summary(result.found)}")
+        name = f"{video} {result.seconds:.2f} s"
+        self._result(lambda: result.to_dict(video), name, result.found)
+
+    def _result(self, value: Callable[[], dict[str, Any]], name: str, found: Detections) -> None:
+        if not self._out.json:
+            if not self._quiet:
+                self._out.row(f"{name}: {_summary(found)}")
+        elif self._lines:
+            self._out.line(value())
+        else:
+            self._collected.append(value())
 
     def images_done(self, summary: PredictionSummary) -> None:
         """Print the summary of the images, or the whole JSON result."""

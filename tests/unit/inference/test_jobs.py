@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import gzip
 import io
 import json
 import multiprocessing
@@ -12,9 +13,11 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -119,9 +122,18 @@ def test_sources_stand_for_images_one_after_the_other(photos, tmp_path, monkeypa
     listed.write_bytes(b"x" * (1 << 17))
     with pytest.raises(DataError, match="line is too long"):
         streamed(f"@{listed}")
+    packed = bytearray(gzip.compress(os.fsencode(f"{photos}/04.png\n") * 100, mtime=0))
+    listed = listed.with_suffix(".gz")
+    listed.write_bytes(packed)
+    assert len(streamed(f"@{listed}")) == 100
+    packed[12] ^= 255
+    for damaged in (packed[:-20], packed):
+        listed.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"list\.gz"):
+            streamed(f"@{listed}")
 
 
-def test_members_of_tars_are_images_wherever_the_tar_is(tmp_path):
+def test_members_of_tars_are_images_wherever_the_tar_is(tmp_path, monkeypatch):
     tar = tmp_path / "a.tar"
     with tarfile.open(tar, "w") as file:
         for name, data in (("d/1.png", png(1)), ("d/1.json", b"{}"), ("../2.png", png(2))):
@@ -141,6 +153,11 @@ def test_members_of_tars_are_images_wherever_the_tar_is(tmp_path):
     assert streamed("memory://bucket/") == ["memory:///bucket/sub/b.png"]
     with pytest.raises(DataError, match="no file memory://bucket/c"):
         streamed("memory://bucket/c.png")
+    with monkeypatch.context() as web:  # a server that states no size
+        info = {"name": "/bucket/sub/a.tar", "size": None, "type": "file"}
+        web.setattr(MemoryFileSystem, "info", lambda *_, **__: info)
+        with pytest.raises(DataError, match="does not state its size"):
+            streamed("memory://bucket/sub/a.tar")
     os.truncate(tar, 520)
     assert list(stream_images([str(tar)], left_out)) == []
     assert left_out["damaged tar"] == 1
@@ -379,6 +396,65 @@ def test_a_store_that_times_out_is_asked_again_now_and_when_the_job_is_continued
     assert run(job).errors == 0
     assert rows(job) == {f"{value:02d}.png": (value, None) for value in range(12)}
     assert asked["/slow/11.png"] == 1
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The URL of a server (FTP) that takes connections, and answers nothing but the login."""
+    connections = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connections.append(server.accept()[0])
+                threading.Thread(target=greet, args=connections[-1:], daemon=True).start()
+
+    def greet(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection.makefile("rb") as lines:
+            connection.sendall(b"220 ready\r\n")
+            for line in lines:
+                if line.startswith(b"USER"):
+                    connection.sendall(b"230 welcome\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"ftp://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
+
+
+def test_a_store_that_never_answers_costs_its_deadline(photos, silent, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "RETRY_WAITS_S", (0.0,))
+    monkeypatch.setattr(sources, "ANSWER_S", 0.2)
+    listed = tmp_path / "list"
+    listed.write_text(f"{silent}/a.png\n{photos}/01.png\n")
+    job = plan(tmp_path, f"@{listed}")
+    began = time.monotonic()
+    done = run(job)
+    assert (done.images, done.unreachable, time.monotonic() - began < 10) == (2, 1, True)
+    assert "no answer within" in str(rows(job)["a.png"][1])
+    with pytest.raises(UnreachableError, match="no answer within"):
+        streamed(f"{silent}/photos/")
+
+
+def test_a_read_that_hangs_keeps_neither_the_job_nor_the_process_from_ending():
+    code = """
+import threading
+from proxydet.inference import pipeline
+pipeline.ENDING_S = 0.1
+begun, never = threading.Event(), threading.Event()
+read = lambda number: number and (begun.set(), never.wait())
+results = pipeline.run_images([0, 1], read, list, batch_size=1)
+print(next(results), begun.wait())
+results.close()
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, capture_output=True, check=True, timeout=60)
+    assert done.stdout == b"(0, (0, 0)) True\n"
 
 
 def test_a_full_disk_ends_the_job_and_costs_one_part(photos, tmp_path):

@@ -68,7 +68,7 @@ def test_evaluation_predicts_what_a_user_gets(eyes, drawn, split, tmp_path, augm
 
 
 def test_saved_pictures_and_json_say_what_python_says(eyes, drawn, tmp_path):
-    images = find_images([drawn.parent / "val"]).files
+    images = find_images([drawn.parent / "val"])
     predict_files(
         eyes,
         images,

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from proxydet.errors import DataError, MissingDependencyError
-from proxydet.inference.sources import FoundImages, describe_left_out, find_images
+from proxydet.inference.sources import ImageFile, describe_left_out, find_images
 
 
-def names(found: FoundImages) -> list[str]:
-    return [image.name.as_posix() for image in found.files]
+def names(found: Iterable[ImageFile]) -> list[str]:
+    return [image.name.as_posix() for image in found]
 
 
 def test_a_folder_is_searched_at_any_depth_and_keeps_its_shape(folder):
-    found = find_images([folder])
+    left_out: Counter[str] = Counter()
+    found = find_images([folder], left_out)
     assert names(found) == ["a0", "a1", "a2", "broken", "sub/b3", "sub/b4"]
-    assert found.left_out == {".txt": 1}
-    assert found.files[4].path == folder / "sub" / "b3.png"
+    assert left_out == {".txt": 1}
+    assert found[4].path == folder / "sub" / "b3.png"
 
 
 def test_patterns_are_expanded_and_files_taken_whatever_their_suffix(folder):
@@ -44,7 +47,7 @@ def test_files_of_one_name_get_results_of_their_own(folder):
 def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
     path = tmp_path / "photo[1].png"
     path.write_bytes(b"")
-    assert [p.path for p in find_images([path]).files] == [path]
+    assert [p.path for p in find_images([path])] == [path]
 
 
 def test_what_is_not_there_is_named(folder, tmp_path):
@@ -68,9 +71,10 @@ def test_what_pillow_reads_is_found_and_the_rest_is_counted_by_kind(tmp_path):
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
-    found = find_images([tmp_path])
-    assert [image.path.name for image in found.files] == read
-    assert found.left_out == {
+    left_out: Counter[str] = Counter()
+    found = find_images([tmp_path], left_out)
+    assert [image.path.name for image in found] == read
+    assert left_out == {
         ".heic": 2,
         ".dng": 1,
         ".mp4": 1,
@@ -79,7 +83,7 @@ def test_what_pillow_reads_is_found_and_the_rest_is_counted_by_kind(tmp_path):
         "broken link": 1,
         "not a regular file": 1,
     }
-    text = describe_left_out(found.left_out)
+    text = describe_left_out(left_out)
     assert text.startswith("2 .heic, ")
     assert "pip install pillow-heif" in text
     assert "\n" not in text
@@ -89,8 +93,9 @@ def test_hidden_files_are_passed_over_in_folders_and_patterns_and_taken_when_nam
     for name in ("a.jpg", "._a.jpg", ".cache/b.jpg", "__MACOSX/._c.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert names(find_images([tmp_path])) == ["a"]
-    assert not find_images([tmp_path]).left_out
+    left_out: Counter[str] = Counter()
+    assert names(find_images([tmp_path], left_out)) == ["a"]
+    assert not left_out
     assert names(find_images([f"{tmp_path}/**/*"])) == ["a"]
     assert names(find_images([tmp_path / "._a.jpg"])) == ["._a"]
 
@@ -107,12 +112,13 @@ def test_links_to_folders_are_followed_once(tmp_path):
 def test_patterns_for_anything_take_images_and_patterns_for_a_kind_take_it(tmp_path):
     for name in ("a.png", "a.txt", "a.heic"):
         (tmp_path / name).write_bytes(b"")
-    found = find_images([f"{tmp_path}/*"])
-    assert ([image.path.name for image in found.files], found.left_out) == (
+    left_out: Counter[str] = Counter()
+    found = find_images([f"{tmp_path}/*"], left_out)
+    assert ([image.path.name for image in found], left_out) == (
         ["a.png"],
         {".txt": 1, ".heic": 1},
     )
-    assert [i.path.name for i in find_images([f"{tmp_path}/*.heic"]).files] == ["a.heic"]
+    assert [i.path.name for i in find_images([f"{tmp_path}/*.heic"])] == ["a.heic"]
     (tmp_path / "a.png").unlink()
     for source in (tmp_path, f"{tmp_path}/*"):
         with pytest.raises(DataError, match=r"1 \.heic"):
@@ -123,11 +129,11 @@ def test_a_quoted_tilde_is_expanded_unless_such_a_file_is_there(tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").write_bytes(b"")
-    assert [i.path for i in find_images(["~/a.png"]).files] == [tmp_path / "a.png"]
-    assert [i.path for i in find_images(["~/*.png"]).files] == [tmp_path / "a.png"]
+    assert [i.path for i in find_images(["~/a.png"])] == [tmp_path / "a.png"]
+    assert [i.path for i in find_images(["~/*.png"])] == [tmp_path / "a.png"]
     (tmp_path / "~").mkdir()
     (tmp_path / "~" / "a.png").write_bytes(b"")
-    assert [i.path for i in find_images(["~/a.png"]).files] == [Path("~/a.png")]
+    assert [i.path for i in find_images(["~/a.png"])] == [Path("~/a.png")]
     with pytest.raises(DataError, match="home folder"):
         find_images(["~nobody_of_this_name/a.png"])
 

@@ -18,7 +18,7 @@ from proxydet.data.sources import look
 from proxydet.data.store import AnnotationStore
 from proxydet.detections import Detections
 from proxydet.inference.jobs import ImageResult
-from proxydet.inference.sources import ImageFile
+from proxydet.inference.sources import ImageFile, SourceImage
 from proxydet.inference.writers import make_writers
 from proxydet.modeling.postprocess import Prediction
 
@@ -51,7 +51,9 @@ def save(kind: str, folder: Path, found: dict[str, Detections]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.zeros((*each.image_size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
-        result = ImageResult(image=ImageFile(path, Path(stem)), pixels=pixels, found=each)
+        result = ImageResult(
+            image=ImageFile(SourceImage(str(path)), Path(stem)), pixels=pixels, found=each
+        )
         writer.add(result, writer.prepare(result))
     assert all(path.exists() for path in writer.finish())
     return folder / "out" / PLACES[kind]
@@ -190,7 +192,9 @@ def test_writing_again_harms_no_photograph(tmp_path):
     path = tmp_path / "out" / "yolo" / "images" / "a.png"
     found = detections([(1, 1, 9, 9)], size=(50, 60))
     pixels = np.zeros((50, 60, 3), dtype=np.uint8)
-    result = ImageResult(image=ImageFile(path, Path("a")), pixels=pixels, found=found)
+    result = ImageResult(
+        image=ImageFile(SourceImage(str(path)), Path("a")), pixels=pixels, found=found
+    )
     writer.add(result, writer.prepare(result))
     assert path.exists()
 

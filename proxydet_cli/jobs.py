@@ -277,7 +277,8 @@ def request_of(named: NamedDetector, *options: Any) -> str:
         return ""
     values: list[Any] = []
     for option in options:
-        values += vars(option).values() if dataclasses.is_dataclass(option) else [option]
+        fields = dataclasses.fields(option) if dataclasses.is_dataclass(option) else ()
+        values += [getattr(option, field.name) for field in fields] or [option]
     places = [weights, named.config, *(v for v in values if isinstance(v, str | Path))]
     if named.run is not None:
         places += sorted(path for path in named.run.iterdir() if path.suffix != ".jsonl")

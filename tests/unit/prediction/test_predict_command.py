@@ -24,6 +24,7 @@ from proxydet_cli import progress
 def run(detector, monkeypatch, cli, tmp_path):
     monkeypatch.setattr("proxydet.models.locate_published", Path)
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: detector)
+    monkeypatch.setattr("proxydet.models.trained_classes", lambda _: detector)
     # How long a busy machine takes is no part of what is expected on stderr.
     monkeypatch.setattr(progress, "show_progress", SilentProgress)
     # Nor is what the processor has units for.

@@ -23,7 +23,6 @@ from proxydet_cli import progress
 @pytest.fixture
 def run(detector, monkeypatch, cli, tmp_path):
     monkeypatch.setattr("proxydet.models.locate_published", Path)
-    monkeypatch.setattr("proxydet.models.trained_classes", lambda _: detector)
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: detector)
     monkeypatch.setattr("proxydet.models.trained_classes", lambda _: detector)
     # How long a busy machine takes is no part of what is expected on stderr.

@@ -119,6 +119,7 @@ def test_actors_of_ray_give_the_same_rows_and_are_replaced(ray, photos, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray's own settings
 def test_ray_data_takes_the_callable_as_it_is(ray, run_folder, photos, tmp_path):
     import ray.data
 

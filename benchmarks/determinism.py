@@ -31,9 +31,10 @@ from typing import Any
 import torch
 
 from proxydet.config import merge, parse_overrides
-from proxydet.environment.determinism import LVIS_CLASSES, Bench, resident_mib
-from proxydet.environment.modes import apply_mode
-from proxydet.environment.roi_align import (
+from proxydet.recipes import RunConfig, r50, tiny
+from proxydet.runtime.determinism import LVIS_CLASSES, Bench, resident_mib
+from proxydet.runtime.modes import apply_mode
+from proxydet.runtime.roi_align import (
     RoiGeometry,
     kernel_backward,
     published_roi_align,
@@ -41,7 +42,6 @@ from proxydet.environment.roi_align import (
     separable_backward,
     strict_roi_align,
 )
-from proxydet.recipes import RunConfig, r50, tiny
 
 P3 = RoiGeometry(output_size=(7, 7), spatial_scale=1 / 8, sampling_ratio=0, aligned=True)
 SIDE = 640
@@ -151,7 +151,7 @@ def measure_gradients(scales: tuple[float, ...] = (1.0, 1e-2, 1e-4, 1e-6)) -> di
 
 def measure_network() -> dict[str, Any]:
     """Share of the gradient through RoIAlign that is below half precision's reach, in a step of R50 on one image."""
-    from proxydet.environment import roi_align
+    from proxydet.runtime import roi_align
 
     overrides = [
         "data.boxes.batch_size=1",
@@ -276,7 +276,7 @@ def _wait(device: str) -> None:
 
 def measure_steps(device: str, repetitions: int) -> dict[str, Any]:
     """Run whole training steps in the three modes."""
-    from proxydet.environment.determinism import verify_determinism
+    from proxydet.runtime.determinism import verify_determinism
 
     config = r50() if device == "cuda" else tiny()
     return asdict(verify_determinism(config, device=device, repetitions=repetitions))

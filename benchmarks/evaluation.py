@@ -173,10 +173,10 @@ def measure(
     import hotcoco  # noqa: F401 - imports are not what is measured
     import pycocotools.cocoeval  # noqa: F401
 
-    from proxydet.environment import lvis_api  # noqa: F401
     from proxydet.evaluation.analysis import analyse
     from proxydet.evaluation.config import EvaluationConfig
     from proxydet.evaluation.evaluate import run_evaluation
+    from proxydet.runtime import lvis_api  # noqa: F401
 
     if engine == "user":
         import importlib
@@ -234,7 +234,7 @@ def official(annotations: Path, results: Path, kind: str) -> dict[str, float]:
     """The official evaluator as its users run it, on the files as they are."""
     import warnings
 
-    from proxydet.environment.lvis_api import LVIS, LVISEval, LVISResults
+    from proxydet.runtime.lvis_api import LVIS, LVISEval, LVISResults
 
     warnings.simplefilter("ignore")
     truth = LVIS(str(annotations))

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import parity_path  # noqa: F401
@@ -42,8 +42,6 @@ from parity_model import TRIMMED, network_of, seed_of
 from parity_trim import base_classes, trim
 
 from proxydet.detector import Detector
-from proxydet.environment.determinism import Bench, compare, random_vocabulary
-from proxydet.environment.modes import CUBLAS_VARIABLE, CUBLAS_WORKSPACE, reproducibility_mode
 from proxydet.evaluation.detector_evaluation import result_rows
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling import network as network_module
@@ -52,6 +50,8 @@ from proxydet.modeling.centernet import CenterNet
 from proxydet.modeling.config import InferenceConfig, Precision
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.recipes import RunConfig, get_recipe
+from proxydet.runtime.determinism import Bench, compare, random_vocabulary
+from proxydet.runtime.modes import CUBLAS_VARIABLE, CUBLAS_WORKSPACE, reproducibility_mode
 from proxydet.training import step as step_module
 
 CLASSES = 1203

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from proxydet.environment.roi_align import RegionGrid, align_regions
+from proxydet.runtime.roi_align import RegionGrid, align_regions
 
 CASES = {
     "quickstart: 8 images 160x160, 512 regions, 64 channels": (8, 64, 20, 512, 60.0),

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import torch

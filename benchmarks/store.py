@@ -117,7 +117,7 @@ def measure(job: str, source: Path, cache: Path) -> dict[str, float]:
     if job == "store":
         from proxydet.data.store import AnnotationStore
     elif job == "lvis":
-        from proxydet.environment.lvis_api import LVIS
+        from proxydet.runtime.lvis_api import LVIS
     before = _status("VmRSS")
     with PeakMemory() as peak:
         start, busy = time.perf_counter(), time.process_time()

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import parity_path  # noqa: F401
@@ -40,7 +40,6 @@ from torchvision.ops import roi_align
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.loader import Batch, TrainingLoader, TrainingSources
-from proxydet.environment.roi_align import RegionGrid
 from proxydet.losses import criterion as criterion_module
 from proxydet.losses.config import LossConfig, MixupLossConfig
 from proxydet.losses.criterion import Criterion, image_label_loss
@@ -51,6 +50,7 @@ from proxydet.modeling.boxes import clip
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.roi_heads import ImageStepOutput, MixupOutput
+from proxydet.runtime.roi_align import RegionGrid
 from proxydet.training.config import OptimizerConfig
 from proxydet.training.step import build_optimizer, clip_gradients
 from proxydet.vocabulary.vocabulary import Vocabulary

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from proxydet.artifacts.downloader import download
     from proxydet.detections import Detections
     from proxydet.detector import Detector
-    from proxydet.environment.report import environment
-    from proxydet.environment.roi_verify import verify_roi_align
     from proxydet.evaluation.detector_evaluation import evaluate
     from proxydet.export.exporter import export_detector
     from proxydet.index.search import RegionIndex
+    from proxydet.runtime.report import environment
+    from proxydet.runtime.roi_verify import verify_roi_align
     from proxydet.training.train import train
     from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -39,19 +39,18 @@ __all__ = [
     "verify_roi_align",
 ]
 
-# No submodule of this package may have one of these names: importing it would hide the public one. The package
-# `environment` does, and can be called like the function.
+# No submodule of this package may have one of these names: importing it would hide the public one.
 _HOME = {
     "Detections": "proxydet.detections",
     "Detector": "proxydet.detector",
     "Vocabulary": "proxydet.vocabulary.vocabulary",
     "download": "proxydet.artifacts.downloader",
     "RegionIndex": "proxydet.index.search",
-    "environment": "proxydet.environment.report",
+    "environment": "proxydet.runtime.report",
     "evaluate": "proxydet.evaluation.detector_evaluation",
     "export_detector": "proxydet.export.exporter",
     "train": "proxydet.training.train",
-    "verify_roi_align": "proxydet.environment.roi_verify",
+    "verify_roi_align": "proxydet.runtime.roi_verify",
 }
 
 

@@ -251,7 +251,7 @@ class Detections:
 
     def to_detectron2(self) -> Any:
         """Return a detectron2 ``Instances`` with pred_boxes, scores, pred_classes and, where there are, pred_masks."""
-        import proxydet.environment.d2  # noqa: F401
+        import proxydet.runtime.d2  # noqa: F401
 
         import torch
         from detectron2.structures import Boxes, Instances

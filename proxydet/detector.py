@@ -32,7 +32,6 @@ from proxydet.data.images import (
     shortest_side,
 )
 from proxydet.detections import Detections, FrameResult
-from proxydet.environment.torch_probe import half_speed
 from proxydet.errors import (
     ConfigError,
     DataError,
@@ -64,6 +63,7 @@ from proxydet.models import (
     trained_classes,
 )
 from proxydet.paths import require_run
+from proxydet.runtime.torch_probe import half_speed
 from proxydet.vocabulary.sources import Classes, TrainedClasses
 from proxydet.vocabulary.vocabulary import FloatArray, TextEncoder, Vocabulary
 from proxydet.wording import first_line

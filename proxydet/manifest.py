@@ -27,12 +27,12 @@ import msgspec
 import proxydet
 from proxydet._version import __version__
 from proxydet.config import differences
-from proxydet.environment.modes import Mode
-from proxydet.environment.processes import run_program
-from proxydet.environment.report import EnvironmentReport, environment
 from proxydet.errors import InputError
 from proxydet.files import read_json, write_json
 from proxydet.paths import run_in
+from proxydet.runtime.modes import Mode
+from proxydet.runtime.processes import run_program
+from proxydet.runtime.report import EnvironmentReport, environment
 from proxydet.wording import json_text
 
 MANIFEST_NAME = "manifest.json"

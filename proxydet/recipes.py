@@ -14,7 +14,6 @@ from typing import Any, cast
 
 from proxydet.config import load_mapping, merge, overlay, parse_overrides
 from proxydet.data.config import DataConfig, SourceConfig
-from proxydet.environment.modes import Mode
 from proxydet.errors import ConfigError
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.losses.config import (
@@ -36,6 +35,7 @@ from proxydet.modeling.config import (
     ResNetConfig,
 )
 from proxydet.paths import datasets_folder, models_folder
+from proxydet.runtime.modes import Mode
 from proxydet.training.config import (
     CheckpointConfig,
     EmaConfig,

@@ -316,7 +316,7 @@ def open_here(named: NamedDetector, *, device: str) -> Detector:
         ProxydetError: It cannot be opened.
     """
     from proxydet.detector import open_named
-    from proxydet.environment.processes import keep_freed_memory
+    from proxydet.runtime.processes import keep_freed_memory
 
     detector = open_named(named, device=device)
     if detector.network.device.type == "cpu":

@@ -190,8 +190,7 @@ def python_page() -> str:
     named = []
     for path in (*(f"proxydet:{name}" for name in proxydet.__all__), *_MORE_PYTHON):
         module, name = path.split(":")
-        home = proxydet._HOME.get(name, module) if module == "proxydet" else module
-        named.append((name, f"{module}.{name}", getattr(import_module(home), name)))
+        named.append((name, f"{module}.{name}", getattr(import_module(module), name)))
     parts = [_PYTHON]
     for name, path, thing in named:
         if inspect.isclass(thing) or inspect.isfunction(thing):

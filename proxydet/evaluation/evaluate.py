@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from proxydet.config import to_mapping
 from proxydet.data.formats.coco import no_garbage_collection
-from proxydet.environment.modes import Mode
-from proxydet.environment.report import environment
 from proxydet.errors import ConfigError, DataError, InputError, RuntimeEnvironmentError
 from proxydet.evaluation.bootstrap import (
     Difference,
@@ -54,6 +52,8 @@ from proxydet.evaluation.scoring import (
 from proxydet.files import sha256
 from proxydet.manifest import MANIFEST_NAME, build_manifest, read_manifest, write_run_records
 from proxydet.reporting import SILENT, Progress
+from proxydet.runtime.modes import Mode
+from proxydet.runtime.report import environment
 from proxydet.wording import first_of
 
 _LOG = logging.getLogger(__name__)
@@ -540,7 +540,7 @@ def write_records(
     mode: Mode = "off"
     # Scoring a file needs no torch: then it is not imported to be asked about GPUs either.
     if with_torch := "torch" in sys.modules:
-        from proxydet.environment.modes import current_mode
+        from proxydet.runtime.modes import current_mode
 
         mode = current_mode()
     manifest = build_manifest(

@@ -375,7 +375,7 @@ def run_official(
         rows.append({**row, **shape})
     with _quiet():
         if truth.protocol == "lvis":
-            from proxydet.environment.lvis_api import LVIS, LVISEval, LVISResults
+            from proxydet.runtime.lvis_api import LVIS, LVISEval, LVISResults
 
             annotations = LVIS.__new__(LVIS)
             annotations.logger = logging.getLogger("lvis.lvis")

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import torch
 from detectron2.layers import Conv2d

@@ -286,7 +286,7 @@ class OpenIndexing:
             DataError: The index is of another detector.
         """
         from proxydet.detector import open_named
-        from proxydet.environment.processes import keep_freed_memory
+        from proxydet.runtime.processes import keep_freed_memory
 
         device = f"cuda:{number % self.gpus}" if self.gpus else self.device
         detector = open_named(self.named, device=device)

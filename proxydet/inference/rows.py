@@ -26,7 +26,6 @@ from PIL import Image
 from proxydet.data.images import as_pixels, read_image, read_large_images
 from proxydet.detections import Detections
 from proxydet.detector import Detector, ScaledImage, open_named
-from proxydet.environment.processes import keep_freed_memory
 from proxydet.errors import ConfigError, DataError, InputError
 from proxydet.inference.pipeline import run_images
 from proxydet.inference.sharded import Row
@@ -35,6 +34,7 @@ from proxydet.inference.writers import columns
 from proxydet.modeling.postprocess import to_host
 from proxydet.modeling.weights import weights_digest
 from proxydet.models import NamedDetector, find_detector
+from proxydet.runtime.processes import keep_freed_memory
 
 if TYPE_CHECKING:
     from proxydet.data.images import Pixels

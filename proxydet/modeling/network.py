@@ -19,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
 from torch.nn.utils.rnn import pad_sequence
 
-from proxydet.environment.torch_probe import half_speed
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.modeling.backbone import build_backbone, pixel_statistics
 from proxydet.modeling.boxes import Regions, keep_best
@@ -49,6 +48,7 @@ from proxydet.modeling.roi_heads import (
     sample_regions,
     with_reference,
 )
+from proxydet.runtime.torch_probe import half_speed
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import numpy.typing as npt

@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import torch
 from detectron2.layers import ROIAlign, ShapeSpec
@@ -34,12 +34,6 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from proxydet.data.masks import crop_polygons
-from proxydet.environment.roi_align import (
-    RegionGrid,
-    align_regions,
-    operator_in_use,
-    published_roi_align,
-)
 from proxydet.errors import ConfigError
 from proxydet.extensions import build_extension, extension_errors
 from proxydet.modeling.boxes import (
@@ -53,6 +47,12 @@ from proxydet.modeling.boxes import (
 )
 from proxydet.modeling.config import CascadeConfig, ClassifierConfig, ModelConfig
 from proxydet.modeling.precision import compute_heads
+from proxydet.runtime.roi_align import (
+    RegionGrid,
+    align_regions,
+    operator_in_use,
+    published_roi_align,
+)
 
 if TYPE_CHECKING:
     from detectron2.structures import Instances

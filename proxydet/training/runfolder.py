@@ -46,7 +46,6 @@ from proxydet.config import from_mapping, load_mapping
 from proxydet.data.config import DataConfig, mean_batch
 from proxydet.data.dataset import DatasetConfig
 from proxydet.data.store import AnnotationStore
-from proxydet.environment.modes import Mode
 from proxydet.errors import (
     CheckpointError,
     ConfigError,
@@ -57,6 +56,7 @@ from proxydet.errors import (
 from proxydet.files import JsonLines, Lock, sha256, sweep, write_text
 from proxydet.manifest import FREE_KEYS, differing, listed, read_run_records, read_values
 from proxydet.paths import list_checkpoints, step_name, step_of
+from proxydet.runtime.modes import Mode
 from proxydet.training.checkpoint import load_checkpoint, read_header
 from proxydet.training.config import EvaluationSchedule, scale_training
 from proxydet.training.distributed import DistInfo, launched_rank, number_in

@@ -25,8 +25,6 @@ from proxydet.config import dump_yaml, merge, to_mapping
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.loader import Targets, TrainingLoader, TrainingSources
 from proxydet.data.store import AnnotationStore
-from proxydet.environment.modes import reproducibility_mode
-from proxydet.environment.processes import keep_freed_memory
 from proxydet.errors import (
     CheckpointError,
     ConfigError,
@@ -55,6 +53,8 @@ from proxydet.models import (
     vocabulary_of,
 )
 from proxydet.reporting import SILENT, Progress
+from proxydet.runtime.modes import reproducibility_mode
+from proxydet.runtime.processes import keep_freed_memory
 from proxydet.training.checkpoint import (
     CheckpointFolder,
     TrainingState,

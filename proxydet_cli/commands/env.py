@@ -12,8 +12,8 @@ from proxydet_cli.options import Json, command_app, examples
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
-    from proxydet.environment.report import EnvironmentReport
-    from proxydet.environment.run_comparison import RunComparison
+    from proxydet.runtime.report import EnvironmentReport
+    from proxydet.runtime.run_comparison import RunComparison
 
 app = command_app()
 
@@ -55,14 +55,14 @@ def env(
     if diff is not None:
         if markdown or check or quick or data_root is not None:
             raise typer.BadParameter("it can be combined with --json only", param_hint="--diff")
-        from proxydet.environment.run_comparison import compare_runs
+        from proxydet.runtime.run_comparison import compare_runs
 
         found = compare_runs(*diff)
         Output(json=json).data(found, _comparison_text(found))
         return
     if check and markdown:
         raise typer.BadParameter("it cannot be combined with --check", param_hint="--markdown")
-    from proxydet.environment.report import environment
+    from proxydet.runtime.report import environment
 
     report = environment(quick=quick, data_root=data_root)
     if check:

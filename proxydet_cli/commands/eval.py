@@ -376,7 +376,7 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
         check_folder(options.output)
     progress = _progress()
     if options.results is not None:
-        from proxydet.environment.processes import keep_freed_memory
+        from proxydet.runtime.processes import keep_freed_memory
 
         keep_freed_memory()
         truth, groups, split = open_subject(options, progress)

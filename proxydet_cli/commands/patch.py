@@ -11,8 +11,8 @@ from proxydet_cli.options import DryRun, Json, command_app, examples
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
-    from proxydet.environment.patch import PatchChange, PatchStatus
-    from proxydet.environment.roi_verify import RoiAlignReport
+    from proxydet.runtime.patch import PatchChange, PatchStatus
+    from proxydet.runtime.roi_verify import RoiAlignReport
 
 app = command_app(
     help="Apply, revert and verify the published RoIAlign change in the installed detectron2. Training needs no edit: "
@@ -30,7 +30,7 @@ Detectron2 = Annotated[
 @app.command(epilog=examples("proxydet patch status", "proxydet patch status --json"))
 def status(json: Json = False, detectron2: Detectron2 = None) -> None:
     """Report whether the change is present, by reading the file; changes nothing."""
-    from proxydet.environment.patch import patch_status
+    from proxydet.runtime.patch import patch_status
 
     found = patch_status(_file(detectron2))
     Output(json=json).data(found, _status_text(found))
@@ -39,7 +39,7 @@ def status(json: Json = False, detectron2: Detectron2 = None) -> None:
 @app.command(epilog=examples("proxydet patch apply --dry-run", "proxydet patch apply"))
 def apply(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = None) -> None:
     """Write the change into detectron2's layers/roi_align.py, keeping the original next to it."""
-    from proxydet.environment.patch import apply_patch
+    from proxydet.runtime.patch import apply_patch
 
     change = apply_patch(_file(detectron2), dry_run=dry_run)
     Output(json=json).data(change, _change_text(change))
@@ -48,7 +48,7 @@ def apply(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = 
 @app.command(epilog=examples("proxydet patch revert --dry-run", "proxydet patch revert"))
 def revert(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = None) -> None:
     """Restore the original file, byte for byte."""
-    from proxydet.environment.patch import revert_patch
+    from proxydet.runtime.patch import revert_patch
 
     change = revert_patch(_file(detectron2), dry_run=dry_run)
     Output(json=json).data(change, _change_text(change))
@@ -69,7 +69,7 @@ def verify(
     """
     import sys
 
-    from proxydet.environment.roi_verify import verify_roi_align
+    from proxydet.runtime.roi_verify import verify_roi_align
 
     search = None if detectron2 is None else [str(detectron2.resolve().parent), *sys.path]
     report = verify_roi_align(device=device, search_path=search)
@@ -79,7 +79,7 @@ def verify(
 
 
 def _file(detectron2: Path | None) -> Path:
-    from proxydet.environment.patch import file_in_use
+    from proxydet.runtime.patch import file_in_use
 
     return file_in_use() if detectron2 is None else detectron2 / "layers" / "roi_align.py"
 

@@ -11,8 +11,8 @@ from proxydet_cli.options import DryRun, Json, command_app, examples
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
-    from proxydet.environment.report import Field
-    from proxydet.environment.setup import SetupReport
+    from proxydet.runtime.report import Field
+    from proxydet.runtime.setup import SetupReport
 
 app = command_app()
 
@@ -32,8 +32,8 @@ def setup(json: Json = False, dry_run: DryRun = False) -> None:
     the environment changes. A detectron2 that is installed already is used as it is and never replaced. Running
     it again does no harm. Exit code 5 where something in the environment will fail; proxydet env prints details.
     """
-    from proxydet.environment.report import environment
-    from proxydet.environment.setup import set_up
+    from proxydet.runtime.report import environment
+    from proxydet.runtime.setup import set_up
     from proxydet_cli.progress import show_progress
 
     progress = show_progress()

@@ -10,7 +10,7 @@ from proxydet_cli.options import Json, command_app, examples
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
-    from proxydet.environment.determinism import DeterminismReport, ModeResult
+    from proxydet.runtime.determinism import DeterminismReport, ModeResult
 
 app = command_app(help="Prove claims by running them.")
 
@@ -51,9 +51,9 @@ def determinism(
     repetitions are identical, where the first difference is, and what each mode costs. Exit code 5 where mode
     `strict` does not repeat itself.
     """
-    from proxydet.environment.determinism import verify_determinism
-    from proxydet.environment.modes import MODES
     from proxydet.recipes import resolve_config
+    from proxydet.runtime.determinism import verify_determinism
+    from proxydet.runtime.modes import MODES
     from proxydet_cli.progress import show_progress
 
     if unknown := sorted(set(mode or ()) - set(MODES)):

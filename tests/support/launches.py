@@ -24,7 +24,6 @@ import torch
 from pretended_gpu import CUDA, PretendedGpu
 
 from proxydet.data.loader import Batch, BoxBatch, ImageLabelBatch
-from proxydet.environment.modes import Mode, reproducibility_mode
 from proxydet.losses.config import CenterNetLossConfig, LossConfig
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.config import (
@@ -40,6 +39,7 @@ from proxydet.modeling.config import (
 )
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.postprocess import Prediction, mask_edges, rles
+from proxydet.runtime.modes import Mode, reproducibility_mode
 from proxydet.training.checkpoint import TrainingState
 from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import DistInfo

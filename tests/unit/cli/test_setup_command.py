@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import proxydet.environment.report as report_module
-import proxydet.environment.setup as install
-from proxydet.environment.report import Field
-from proxydet.environment.setup import SetupReport
+import proxydet.runtime.report as report_module
+import proxydet.runtime.setup as install
+from proxydet.runtime.report import Field
+from proxydet.runtime.setup import SetupReport
 
 REPORT = SetupReport(
     action="installed",

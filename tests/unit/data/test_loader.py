@@ -16,8 +16,8 @@ from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.images import read_image, training_view
 from proxydet.data.loader import Batch, BoxBatch, ImageLabelBatch, TrainingLoader, TrainingSources
-from proxydet.environment.modes import MODES, reproducibility_mode
 from proxydet.errors import ConfigError, DataError, RuntimeEnvironmentError
+from proxydet.runtime.modes import MODES, reproducibility_mode
 
 BOXES = SourceConfig(batch_size=3, size=48, scale=(0.5, 2.0), ratio=1.0)
 LABELS = SourceConfig(batch_size=4, size=24, scale=(0.5, 1.5), ratio=1.5)

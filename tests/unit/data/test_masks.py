@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import torch

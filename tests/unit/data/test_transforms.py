@@ -52,7 +52,7 @@ def test_a_crop_lies_inside_and_is_never_larger_than_asked(h, w, size, scale, cr
 
 @given(sides, sides)
 def test_test_size_equals_detectron2(h, w):
-    import proxydet.environment.d2  # noqa: F401
+    import proxydet.runtime.d2  # noqa: F401
 
     from detectron2.data.transforms import ResizeShortestEdge
 

@@ -20,7 +20,6 @@ from PIL import Image
 from torch import nn
 
 from proxydet.data.dataset import DatasetConfig
-from proxydet.environment.run_comparison import compare_runs
 from proxydet.errors import DataError, LockedError
 from proxydet.evaluation import detector_evaluation
 from proxydet.evaluation.config import EvaluationConfig
@@ -30,6 +29,7 @@ from proxydet.manifest import read_run_records
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import Prediction, masks, rles
 from proxydet.recipes import resolve_config
+from proxydet.runtime.run_comparison import compare_runs
 from proxydet.training.distributed import DistInfo
 from proxydet.training_run import scheduled_evaluation
 from proxydet.vocabulary.vocabulary import Vocabulary

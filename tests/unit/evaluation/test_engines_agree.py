@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from proxydet.environment.lvis_api import LVIS, LVISEval, LVISResults
 from proxydet.errors import RuntimeEnvironmentError
 from proxydet.evaluation import evaluate as evaluate_module
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import run_evaluation
 from proxydet.evaluation.report import Report
+from proxydet.runtime.lvis_api import LVIS, LVISEval, LVISResults
 
 TOLERANCE = 1e-9
 FAST = EvaluationConfig(bootstrap=0)

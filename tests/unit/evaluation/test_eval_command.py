@@ -17,7 +17,6 @@ from PIL import Image
 from proxydet.artifacts import Catalogue
 from proxydet.data.dataset import PUBLISHED_SPLITS, published_split
 from proxydet.data.store import AnnotationStore
-from proxydet.environment.run_comparison import compare_runs
 from proxydet.errors import ConfigError, DataError, InputError
 from proxydet.evaluation.analysis import analyse
 from proxydet.evaluation.config import EvaluationConfig
@@ -32,6 +31,7 @@ from proxydet.evaluation.page import (
 from proxydet.evaluation.report import category_csv
 from proxydet.files import sha256
 from proxydet.manifest import read_run_records
+from proxydet.runtime.run_comparison import compare_runs
 from proxydet.visualization.drawing import COLOURS
 from proxydet_cli.app import run
 from proxydet_cli.main import main

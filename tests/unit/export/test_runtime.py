@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import pytest

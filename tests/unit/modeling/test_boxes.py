@@ -1,6 +1,6 @@
 """Boxes: overlap against a slow loop, deltas that undo each other, clipping, cell centres."""
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import pytest
 import torch

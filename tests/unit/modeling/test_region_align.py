@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_align
 
-from proxydet.environment.roi_align import RegionGrid, align_regions
+from proxydet.runtime.roi_align import RegionGrid, align_regions
 
 SCALE = 1 / 8
 

@@ -1,6 +1,6 @@
 """Pooling equals detectron2's pooler, whatever the regions."""
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import pytest
 import torch

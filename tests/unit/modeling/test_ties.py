@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import pytest
 import torch
 
-from proxydet.environment.modes import MODES, reproducibility_mode
-from proxydet.environment.roi_align import RegionGrid, align_regions
 from proxydet.losses.criterion import choose_categories
 from proxydet.modeling import boxes as box_functions
 from proxydet.modeling.config import InferenceConfig
+from proxydet.runtime.modes import MODES, reproducibility_mode
+from proxydet.runtime.roi_align import RegionGrid, align_regions
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 SIZES = [40, box_functions.SHIFTED_UP_TO, box_functions.SHIFTED_UP_TO + 1, 6000]

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from proxydet.config import dump_yaml, to_mapping
-from proxydet.environment.report import environment
 from proxydet.errors import CheckpointError, InputError
 from proxydet.files import sha256
 from proxydet.manifest import build_manifest, write_run_records
 from proxydet.paths import list_checkpoints
 from proxydet.recipes import RunConfig, get_recipe
+from proxydet.runtime.report import environment
 from proxydet.training.distributed import DistInfo
 from proxydet.training.runfolder import RunFolder, prepare
 from proxydet.training_run import finished_run

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-import proxydet.environment.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import pytest

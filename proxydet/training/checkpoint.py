@@ -97,13 +97,6 @@ class TrainingState:
             and (name not in parameters or parameters[name].requires_grad)
         }
 
-    def move_average(self, decay: float) -> None:
-        """Move the average, where one is kept, towards the network's values; equal values stay as they are, bit for bit."""
-        if self.average is not None:
-            values = self.network.state_dict()
-            averages = list(self.average.values())
-            torch._foreach_lerp_(averages, [values[name] for name in self.average], 1 - decay)
-
     def evaluated(self) -> dict[str, torch.Tensor]:
         """Return the values, by name, in which the weights that are evaluated and written differ from the network's.
 

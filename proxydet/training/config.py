@@ -181,11 +181,6 @@ class EmaConfig:
         _require(decay is None or 0 < decay < 1, "decay must lie in (0, 1) or be null", decay)
         _require_positive(self, "warmup_iterations")
 
-    def decay_after(self, iterations: float) -> float:
-        """Return the decay of one iteration after a number of iterations, where the average is on."""
-        warmup = (1 + iterations) / (self.warmup_iterations + iterations)
-        return min(self.decay or 0.0, warmup)
-
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:

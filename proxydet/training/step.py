@@ -34,6 +34,7 @@ from proxydet.modeling.precision import allow_tf32, tf32_kept
 from proxydet.paths import step_name
 from proxydet.training.checkpoint import TrainingState
 from proxydet.training.config import (
+    EmaConfig,
     GuardConfig,
     OptimizerConfig,
     PrecisionConfig,
@@ -411,8 +412,19 @@ def train_step(
     state.batches += len(batches) * ranks.world_size
     state.draws += len(batches)
     state.images += result.images
-    state.move_average(config.ema.decay_after(float(state.progress)) ** float(step))
+    if state.average is not None:
+        _move_average(state, state.average, config.ema, float(step))
     return result
+
+
+def _move_average(
+    state: TrainingState, average: dict[str, torch.Tensor], config: EmaConfig, iterations: float
+) -> None:
+    """Move the average towards the network's values; equal values stay as they are, bit for bit."""
+    done = float(state.progress)
+    decay = min(config.decay or 0.0, (1 + done) / (config.warmup_iterations + done)) ** iterations
+    values = state.network.state_dict()
+    torch._foreach_lerp_(list(average.values()), [values[name] for name in average], 1 - decay)
 
 
 def _skip_or_stop(

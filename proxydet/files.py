@@ -1,4 +1,4 @@
-"""Atomic writes, locks, digests, JSON lines and bounded zip archives: the only place that does these.
+"""Atomic writes, locks, digests, JSON lines, and zip and tar archives with bounds: the only place that does these.
 
 - A file is written under a hidden name next to its own, flushed to the disk and moved into place (`staged`), so that its
   name never stands for half of it. What a killed process left is removed by the next one that writes in the folder.
@@ -23,14 +23,16 @@ import shlex
 import shutil
 import socket
 import stat
+import struct
 import sys
+import tarfile
 import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import msgspec
 from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
@@ -956,7 +958,7 @@ def build_once(
         lock.release()
 
 
-# ---- zip archives of others: opened with bounds on their table of contents, and on what they unpack to -------------
+# ---- archives of others: zips and tars, read with bounds on what they announce and unpack to -------------------------
 
 MOST_MEMBERS = 2_000_000
 """More members than any archive of a data set or of weights has."""
@@ -965,6 +967,7 @@ SPARE_BYTES = 64 << 20
 HOSTILE = "The archive is damaged or hostile: do not use it."
 """Hint about an archive that no tool makes."""
 _LONGEST_LINE = 256 << 20
+_LARGEST_HEADERS = 1 << 20
 _MEMBER = b"PK\x01\x02"  # in front of each member in the table of contents
 
 
@@ -1032,3 +1035,63 @@ def too_large(path: Path, *, times: int | None = None) -> ArchiveError:
     if times is not None:
         what = f"unpacks to more than {times} times its size"
     return ArchiveError(f"{path.name} {what}; that is refused.", hint=HOSTILE, path=path)
+
+
+class _TarHeaders:
+    """What tarfile asks of a file: headers, and to skip the rest. It would hold whatever headers announce in memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.tell = file, file.tell
+        self.taken, self.last = 0, b""
+
+    def read(self, size: int) -> bytes:
+        self.taken += size
+        if size < 0 or self.taken > _LARGEST_HEADERS:
+            raise ValueError(f"it has headers of more than {_LARGEST_HEADERS} bytes for one file")
+        self.last = self._file.read(size)
+        return self.last
+
+    def seek(self, offset: int) -> None:
+        if offset < self.tell():
+            raise ValueError("its headers contradict each other")
+        self._file.seek(offset)
+
+
+def tar_members(file: IO[bytes], length: int | None = None) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar, from start to end; none is kept in memory, and of headers no more than a mebibyte.
+
+    Args:
+        file: The tar, uncompressed, at its beginning. Where a member is yielded, it stands at the member's first byte, and
+            may be read to its last.
+        length: Its size in bytes, with which the members' are compared; None where that is not known.
+
+    Raises:
+        PlaceholderError: It is none, but what stands for a file that was not downloaded.
+        ValueError: It is damaged or cut short, after the members before.
+        OSError: The file cannot be read.
+    """
+    refuse_placeholder(file.read(PLACEHOLDER_BYTES))
+    file.seek(0)
+    asked = _TarHeaders(file)
+    archive: tarfile.TarFile | None = None
+    while True:
+        asked.taken = 0
+        try:
+            archive = archive or tarfile.TarFile(fileobj=asked, encoding="utf-8")  # type: ignore[arg-type]
+            member = archive.next()
+        except (tarfile.TarError, EOFError, LookupError, OverflowError, RecursionError, struct.error) as error:  # fmt: skip
+            raise ValueError(str(error)) from error
+        archive.members.clear()  # type: ignore[attr-defined] # where it collects them
+        if member is None:
+            break
+        if member.size < 0:  # the next header would lie before this one
+            raise ValueError(f"the size of {member.name} is negative")
+        plain = member.isreg() and not member.issparse()
+        if length is not None and plain and member.offset_data + member.size > length:
+            raise ValueError(f"it is truncated in {member.name}")
+        yield member
+    # tarfile takes any rubbish after the last member for the end.
+    if len(asked.last) < tarfile.BLOCKSIZE:
+        raise ValueError("it has no end mark, so it may be cut short")
+    if any(asked.last):
+        raise ValueError("a header in its middle is damaged")

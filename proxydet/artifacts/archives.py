@@ -29,10 +29,8 @@ from proxydet.artifacts.catalogue import Unpack
 from proxydet.artifacts.http import StoppedError
 from proxydet.errors import ArchiveError, ArtifactError
 from proxydet.files import (
-    PLACEHOLDER_BYTES,
     PlaceholderError,
     read_text,
-    refuse_placeholder,
     require_room,
     write_errors,
     write_text,
@@ -46,7 +44,6 @@ _MOST_TIMES = 200  # an archive may unpack to so many times its size, and SPARE_
 _CHUNK = 1 << 20
 _DEEPEST = 32
 _LARGEST_DIRECTORY = 256 << 20
-_LARGEST_HEADERS = 1 << 20
 _LOCAL_HEADER = 30  # bytes in front of the name and data of a zip's member
 _LONGEST_PART = 240
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error, EOFError, ValueError,
@@ -113,106 +110,38 @@ def _checked_name(name: str, tops: Collection[str], archive: Path) -> str:
 # ---- reading -----------------------------------------------------------------------------------------------------------
 
 
-class Tar:
-    """The members of a tar archive, compressed with gzip or not, from start to end: never backwards.
-
-    Use as a context manager and iterate; between two steps, `data` gives the bytes of the member just named.
+def tar_files(path: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes], int]]:
+    """Yield the files of a tar archive, compressed with gzip or not, from start to end.
 
     Args:
         path: The archive.
+
+    Yields:
+        A file's header; the uncompressed archive, which stands at its first byte; and how many bytes of ``path`` were read.
+
+    Raises:
+        ArchiveError: It is damaged or cut; holds anything else, too many members, or far more than its own size.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._most = path.stat().st_size * _MOST_TIMES + bounds.SPARE_BYTES
-        self._raw = path.open("rb")
-        self._head = self._raw.read(PLACEHOLDER_BYTES)
-        compressed = self._head.startswith(b"\x1f\x8b")
-        self._raw.seek(0)
-        self._file: IO[bytes] = gzip.GzipFile(fileobj=self._raw) if compressed else self._raw  # type: ignore[assignment]
-        self._at = self._headers = self._left = 0
-        self._last = b""
-
-    def __enter__(self) -> Tar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-        self._raw.close()
-
-    @property
-    def read_bytes(self) -> int:
-        """How many bytes of the archive have been read."""
-        return self._raw.tell()
-
-    def __iter__(self) -> Iterator[tarfile.TarInfo]:
-        """Yield files and folders.
-
-        Raises:
-            ArchiveError: It is damaged or cut; holds anything else, too many members, or far more than its own size.
-        """
-        with archive_errors(self.path):
-            refuse_placeholder(self._head)
-            archive = tarfile.TarFile(fileobj=self, encoding="utf-8")  # type: ignore[arg-type]
-            for count in range(bounds.MOST_MEMBERS + 1):
-                self._headers = 0
-                member = archive.next()
-                archive.members.clear()  # type: ignore[attr-defined]
-                if member is None:
-                    break
-                if not (member.isdir() or member.isreg()) or member.issparse():
-                    what = f"a link, a device or a sparse file, {member.name[:200]!r}"
-                    raise _refused(self.path, what)
-                if count == bounds.MOST_MEMBERS:
-                    raise bounds.too_large(self.path)
-                if not 0 <= member.size <= self._most - self._at:
-                    raise bounds.too_large(self.path, times=_MOST_TIMES)
-                self._left = member.size if member.isreg() else 0
-                yield member
-            # The library takes a damaged header for the end.
-            if self._last.count(0) != tarfile.BLOCKSIZE:
-                raise ValueError(f"it is truncated or damaged at byte {self._at}")
-            self._headers = 0
-            while self._take(_CHUNK):  # so that the check sum of the compression is checked
-                pass
-
-    def data(self) -> Iterator[bytes]:
-        """Yield the bytes of the member that iteration stands at; errors as of iteration."""
-        with archive_errors(self.path):
-            while self._left:
-                chunk = self._take(min(self._left, _CHUNK))
-                if not chunk:
-                    raise EOFError("it is truncated")
-                self._left -= len(chunk)
-                yield chunk
-
-    # What tarfile.TarFile asks of a file. It trusts the sizes in headers, and would hold what they announce in memory.
-
-    def read(self, size: int) -> bytes:
-        """Read headers."""
-        self._headers += size
-        if size < 0 or self._headers > _LARGEST_HEADERS:
-            raise _refused(self.path, f"headers of more than {_LARGEST_HEADERS} bytes for one file")
-        self._last = self._take(size)
-        return self._last
-
-    def tell(self) -> int:
-        """Return the offset in the archive, uncompressed."""
-        return self._at
-
-    def seek(self, offset: int) -> None:
-        """Skip what the caller did not read of a member."""
-        if offset < self._at:
-            raise ValueError("its headers contradict each other")
-        while self._at < offset and self._take(min(offset - self._at, _CHUNK)):
-            pass
-
-    def _take(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self._at += len(data)
-        if self._at > self._most:
-            raise bounds.too_large(self.path, times=_MOST_TIMES)
-        return data
+    with archive_errors(path), path.open("rb") as raw:
+        size = path.stat().st_size
+        most = size * _MOST_TIMES + bounds.SPARE_BYTES
+        compressed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        file: IO[bytes] = gzip.GzipFile(fileobj=raw) if compressed else raw  # type: ignore[assignment]
+        for count, member in enumerate(bounds.tar_members(file, None if compressed else size)):
+            if not (member.isdir() or member.isreg()) or member.issparse():
+                raise _refused(path, f"a link, a device or a sparse file, {member.name[:200]!r}")
+            if count == bounds.MOST_MEMBERS:
+                raise bounds.too_large(path)
+            if file.tell() + member.size > most:
+                raise bounds.too_large(path, times=_MOST_TIMES)
+            if member.isreg():
+                yield member, file, raw.tell()
+        while compressed and file.read(
+            _CHUNK
+        ):  # so that the check sum of the compression is checked
+            if file.tell() > most:
+                raise bounds.too_large(path, times=_MOST_TIMES)
 
 
 def _zip_members(archive: zipfile.ZipFile, path: Path, tops: Collection[str]) -> dict[str, zipfile.ZipInfo]:  # fmt: skip
@@ -405,20 +334,21 @@ def _from_zip(path: Path, tops: Collection[str], staging: _Staging, progress: Pr
 def _from_tar(path: Path, tops: Collection[str], staging: _Staging, progress: Progress) -> Listing:
     """Write the members that are not there yet, one after another."""
     files, at, size = Listing(), 0, path.stat().st_size
-    with (
-        Tar(path) as archive,
-        progress.task(f"unpacking {path.name}", total=size, unit="B") as task,
-    ):
-        for member in archive:
+
+    def data(file: IO[bytes], left: int) -> Iterator[bytes]:
+        with archive_errors(path):
+            while chunk := file.read(min(left, _CHUNK)):
+                left -= len(chunk)
+                yield chunk
+
+    with progress.task(f"unpacking {path.name}", total=size, unit="B") as task:
+        for member, file, read in tar_files(path):
             name = _checked_name(member.name, tops, path)
-            if member.isdir() or not name:
-                staging.make_folder(name)
-                continue
             if name in files:
                 raise ArchiveError(f"{path.name} holds {name!r} twice.", path=path)
-            files[name] = (member.size, staging.write(name, member.size, archive.data()))
-            task.advance(archive.read_bytes - at)
-            at = archive.read_bytes
+            task.advance(read - at)
+            files[name] = (member.size, staging.write(name, member.size, data(file, member.size)))
+            at = read
         task.advance(size - at)
     return files
 

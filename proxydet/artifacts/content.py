@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from proxydet.artifacts.archives import Tar
+from proxydet.artifacts.archives import tar_files
 from proxydet.artifacts.catalogue import Artifact, Content
 from proxydet.errors import ArchiveError, CheckpointError
 from proxydet.wording import counted
@@ -47,8 +47,7 @@ def check_content(artifact: Artifact, path: Path) -> str:
         return _check_checkpoint(path, content)
     if content is None and (artifact.unpack is None or artifact.file_name.endswith(".zip")):
         return ""
-    with Tar(path) as archive:
-        names = [member.name for member in archive if not member.isdir()]
+    names = [member.name for member, *_ in tar_files(path)]
     what = "files" if content is None else "images"
     if content is not None and not all(name.lower().endswith(_IMAGES) for name in names):
         raise ArchiveError(f"{path.name} should hold images and nothing else.", path=path)

@@ -36,11 +36,10 @@ from proxydet.data.images import (
     image_size,
     quiet_worker,
     require_distinct_files,
-    tar_members,
 )
 from proxydet.data.store import AnnotationStore, ColumnFile, ColumnWriter
 from proxydet.errors import DataError
-from proxydet.files import PLACEHOLDER_BYTES, build_once, refuse_placeholder
+from proxydet.files import build_once, tar_members
 from proxydet.paths import CACHE_HINT, cache_folder
 from proxydet.reporting import SILENT, Progress
 from proxydet.wording import counted, first_of, nearest
@@ -390,10 +389,10 @@ def _scan(path: Path) -> tuple[list[_Image], list[str], str]:
     unreadable: list[str] = []
     damage = ""
     try:
-        with path.open("rb") as start:
-            refuse_placeholder(start.read(PLACEHOLDER_BYTES))
         with _TarFile(path) as file:
             for member in tar_members(file, os.fstat(file.fileno()).st_size):
+                if member.isdir():
+                    continue
                 if not member.isreg() or member.sparse is not None:
                     unreadable.append(f"{member.name}: it is a link or a special file")
                     continue
@@ -401,7 +400,7 @@ def _scan(path: Path) -> tuple[list[_Image], list[str], str]:
                     images.append(_image(file, member))
                 except DataError as error:
                     unreadable.append(f"{member.name}: {error.message}")
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (OSError, ValueError) as error:
         damage = str(error)
     return images, unreadable, damage
 

@@ -17,7 +17,6 @@ import posixpath
 import re
 import stat
 import struct
-import tarfile
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -26,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -82,39 +81,6 @@ def readable_suffixes() -> frozenset[str]:
     Image.init()
     formats = {*Image.OPEN, "MPO"} - _NOT_IMAGES
     return frozenset(end for end, kind in Image.registered_extensions().items() if kind in formats)
-
-
-def tar_members(file: IO[bytes], length: int) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of an uncompressed tar, folders apart; none is kept in memory.
-
-    Args:
-        file: The tar, at its beginning.
-        length: Its size in bytes.
-
-    Raises:
-        tarfile.TarError: It is damaged or cut short, after the members before.
-        EOFError: As above.
-        ValueError: As above.
-        OSError: The file cannot be read.
-    """
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined] # where it collects them
-            if member.isdir():
-                continue
-            if member.size < 0:  # the next header would lie before this one, without end
-                raise tarfile.ReadError(f"the size of {member.name} is negative")
-            plain = member.isreg() and member.sparse is None
-            if plain and member.offset_data + member.size > length:
-                raise tarfile.ReadError(f"it is truncated in {member.name}")
-            yield member
-        # tarfile takes any rubbish after the last member for the end.
-        file.seek(tar.offset)
-        tail = file.read(tarfile.BLOCKSIZE)
-        if len(tail) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("it has no end mark, so it may be cut short")
-        if any(tail):
-            raise tarfile.ReadError("a header in its middle is damaged")
 
 
 @functools.cache

@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import stat
-import tarfile
 import tempfile
 import threading
 import time
@@ -31,9 +30,9 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from proxydet.data.images import Pixels, read_image, readable_suffixes, tar_members
+from proxydet.data.images import Pixels, read_image, readable_suffixes
 from proxydet.errors import DataError, MissingDependencyError, ProxydetError, UnreachableError
-from proxydet.files import PLACEHOLDER_BYTES, open_regular, read_errors, refuse_placeholder
+from proxydet.files import open_regular, read_errors, tar_members
 from proxydet.wording import size_text
 
 logger = logging.getLogger(__name__)
@@ -498,14 +497,12 @@ def _in_tar(place: str, left_out: Counter[str]) -> Iterator[tuple[SourceImage, P
                 file = stack.enter_context(open_regular(Path(place)))
                 status = os.fstat(file.fileno())
                 length, stamp = status.st_size, str(status.st_mtime_ns)
-            refuse_placeholder(file.read(PLACEHOLDER_BYTES))
-            file.seek(0)
             members = tar_members(file, length)
             upcoming = partial(next, members, None)
             while member := _answer(upcoming, ANSWER_S) if remote else upcoming():
                 path = PurePosixPath(member.name)
                 suffix = path.suffix.lower()
-                if path.name.startswith("."):
+                if member.isdir() or path.name.startswith("."):
                     continue
                 if not member.isreg() or member.sparse is not None:
                     left_out["link in a tar"] += 1
@@ -518,7 +515,7 @@ def _in_tar(place: str, left_out: Counter[str]) -> Iterator[tuple[SourceImage, P
                     yield image, Path(*parts).with_suffix("")
     except ProxydetError:
         raise
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except ValueError as error:
         reason: Exception = error
     except OSError as error:
         if remote:

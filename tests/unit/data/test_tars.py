@@ -202,3 +202,16 @@ def test_a_member_of_negative_size_ends_a_tar(tmp_path, make_tar, jpeg):
     index = open_tars(tmp_path, ["t.tar"])
     assert [index.name(row) for row in range(len(index))] == ["t.tar/0"]
     assert "negative" in index.report.damaged[0]
+
+
+@pytest.mark.parametrize(("size", "times"), [(2 << 20, 1), (512, 900)])
+def test_headers_that_would_fill_the_memory_end_a_tar(tmp_path, make_tar, jpeg, size, times):
+    whole = make_tar(tmp_path / "t.tar", {"0": jpeg(3, 3)}).read_bytes()
+    long_name = tarfile.TarInfo()
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, size
+    header = long_name.tobuf(tarfile.GNU_FORMAT) + b"x" * size
+    end = 512 + -(-len(jpeg(3, 3)) // 512) * 512
+    (tmp_path / "t.tar").write_bytes(whole[:end] + header * times + whole)
+    index = open_tars(tmp_path, ["t.tar"])
+    assert [index.name(row) for row in range(len(index))] == ["t.tar/0"]
+    assert len(index.report.damaged) == 1

@@ -665,10 +665,10 @@ def _scores_section(result: QuickstartResult) -> Section:
         for kind, part in report.types.items():
             name, metrics = IOU_TYPE_NAMES[kind], part.metrics
             values = [_number(metrics.get(key)) for key in ("AP", "AP50", "AP75")]
-            rows.append((protocol, name, "all", None, *values))
+            rows.append((f"{protocol}, {name}", "all", None, *values))
             for group in part.groups:
                 values = [_number(value) for value in (group.ap, group.ap50, group.ap75)]
-                rows.append((protocol, name, group.name, group.scored, *values))
+                rows.append((f"{protocol}, {name}", group.name, group.scored, *values))
                 if protocol == "LVIS":
                     bars.setdefault(group.name, {})[f"{name} AP50"] = values[1]
     return Section(
@@ -679,9 +679,7 @@ def _scores_section(result: QuickstartResult) -> Section:
             "Novel classes are the rare ones here; some of them have images of single objects in training (covered), the "
             "others have none."
         ),
-        tables=[
-            Table(columns=("protocol", "", "classes", "scored", "AP", "AP50", "AP75"), rows=rows)
-        ],
+        tables=[Table(columns=("protocol", "classes", "scored", "AP", "AP50", "AP75"), rows=rows)],
         plots=[svg_of(bar_plot(bars, label="AP50"))],
     )
 

@@ -31,7 +31,7 @@ from proxydet.errors import ConfigError, InputError, LockedError, RuntimeEnviron
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.detector_evaluation import current_process, evaluate
 from proxydet.evaluation.evaluate import check_protocol
-from proxydet.evaluation.report import Report
+from proxydet.evaluation.report import IOU_TYPE_NAMES, Report
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.files import JsonLines, read_json, sha256, write_json, write_text
 from proxydet.models import (
@@ -490,13 +490,14 @@ def _scores(content: Mapping[str, Any]) -> list[tuple[str, float | None, float, 
     """Return what was measured: its name, AP before and after in percent, and the change."""
     own, kept = content["own"], content["kept"]
     found: list[tuple[str, float | None, float]] = []
-    for metric, after in (own["after"] or {}).items():
+    for metric, after in sorted((own["after"] or {}).items()):
         if metric.endswith(("/AP", "/AP50")):
-            title = f"{len(own['classes'])} own classes, {metric}"
+            kind, _, name = metric.partition("/")
+            title = f"{len(own['classes'])} own classes, {IOU_TYPE_NAMES[kind]} {name}"
             found.append((title, (own["before"] or {}).get(metric), after))
     for kind, part in sorted(kept.get("types", {}).items()):
         if part["before_ap"] is not None:
-            title = f"{part['classes']} classes that were not trained, {kind}/AP"
+            title = f"{part['classes']} classes that were not trained, {IOU_TYPE_NAMES[kind]} AP"
             found.append((title, part["before_ap"], part["after_ap"]))
     return [
         (title, *((None, 100 * now, None) if old is None else _row(old, now)))
@@ -517,11 +518,8 @@ def _notes(content: Mapping[str, Any]) -> list[str]:
         lines.append(f"{len(own['classes'])} own classes: not measured: {why}")
     untrained = "classes that were not trained"
     if kept["how"] == "ap":
-        lines += [
-            f"{part['classes']} {untrained}, {kind}/AP: {kept['data']} has no annotations of such classes"
-            for kind, part in sorted(kept["types"].items())
-            if part["before_ap"] is None
-        ]
+        if any(part["before_ap"] is None for part in kept["types"].values()):
+            lines.append(f"{untrained}: {kept['data']} has no annotations of them")
     elif kept["how"] == "probe":
         before, after = kept["found_before"], kept["found_after"]
         share = f" ({after / before:.0%})" if before else ""
@@ -541,11 +539,11 @@ def _write_page(folder: RunFolder, content: Mapping[str, Any]) -> None:
     sections = [Section(title="Result", text="\n\n".join(_notes(content)), tables=tables)]
     for kind, part in sorted(content["kept"].get("types", {}).items()):
         rows = [(row["name"], *_row(row["before_ap"], row["after_ap"])) for row in part["by_class"]]
-        rows.sort(key=lambda row: row[3])
-        title = f"Classes that were not trained, {kind} AP in percent"
-        sections.append(
-            Section(title=title, tables=[Table(columns=("class", *columns[1:]), rows=rows)])
-        )
+        if rows:
+            rows.sort(key=lambda row: row[3])
+            table = Table(columns=("class", *columns[1:]), rows=rows)
+            title = f"Classes that were not trained, {IOU_TYPE_NAMES[kind]} AP in percent"
+            sections.append(Section(title=title, tables=[table]))
     run, words = shlex.quote(str(folder.root)), "mug, kettle"
     if (folder.root / "text_encoder.json").exists():  # which knows few words
         names = Vocabulary.load(folder.root / "vocabulary.npz").names

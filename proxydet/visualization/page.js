@@ -10,6 +10,10 @@
     });
   }
   large.addEventListener("click", () => large.close());
+  for (const code of document.querySelectorAll("pre code")) {
+    const words = code.textContent.split(" ").map((word) => Object.assign(document.createElement("span"), { textContent: word }));
+    code.replaceChildren(...words.flatMap((word) => [" ", word]).slice(1));
+  }
   for (const button of document.querySelectorAll(".copy")) {
     button.addEventListener("click", async () => {
       const text = button.parentElement.querySelector("code").textContent;

@@ -30,6 +30,11 @@ class CaptionedImage:
     image: Image.Image
     caption: str
 
+    @property
+    def wide(self) -> bool:
+        """Whether it needs a wide column, as two images side by side do."""
+        return self.image.width > 1.5 * self.image.height
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:

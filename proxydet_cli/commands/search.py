@@ -174,7 +174,7 @@ def search(
         approximately=approximately,
     )
     seconds = time.perf_counter() - began
-    searched = f"{len(opened)} images, {opened.stored.regions} regions, {seconds:.3f} s"
+    searched = f"{len(opened):,} images, {opened.stored.regions:,} regions, {seconds:.3f} s"
     value = {
         "index": index,
         **shown_like,

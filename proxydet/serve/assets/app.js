@@ -1,7 +1,7 @@
 // The page: an image and class names go to the server once; the slider filters the response.
 
 import { css, instanceColours } from "./colours.js";
-import { errorOf, quoted, save, showProblem } from "./common.js";
+import { counted, errorOf, quoted, save, showProblem } from "./common.js";
 import { Drawing } from "./drawing.js";
 
 const REQUEST_THRESHOLD = 0.1;
@@ -249,7 +249,7 @@ function summary(items) {
   const below = state.result.detections.length - items.length;
   const hidden = below ? ` ${below} more below this score.` : "";
   const own = state.result.thresholds ? " Classes with thresholds of their own keep them." : "";
-  return `${items.length ? `${items.length} detections: ${parts.join(", ")}${more}.` : "No detections."}${hidden}${own} ${state.seconds.toFixed(1)} s.`;
+  return `${items.length ? `${counted(items.length, "detection")}: ${parts.join(", ")}${more}.` : "No detections."}${hidden}${own} ${state.seconds.toFixed(1)} s.`;
 }
 
 function entry(item) {

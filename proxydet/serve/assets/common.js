@@ -3,6 +3,8 @@
 /** A class name as the field takes it: those with commas in double quotes. */
 export const quoted = (name) => (/[",]/.test(name) ? `"${name.replaceAll('"', '""')}"` : name);
 
+export const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+
 export async function errorOf(response) {
   try {
     return (await response.json()).error;

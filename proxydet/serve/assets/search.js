@@ -1,7 +1,7 @@
 // The search page: class names go to the server, images and boxes come back; the slider filters what came.
 
 import { COLOURS, css, instanceColours } from "./colours.js";
-import { errorOf, save, showProblem } from "./common.js";
+import { counted, errorOf, save, showProblem } from "./common.js";
 
 const REQUEST_THRESHOLD = 0.1;
 const MOST_IMAGES = 1000;
@@ -136,7 +136,7 @@ function show() {
   const count = images.reduce((sum, { detections }) => sum + detections.length, 0);
   const most = state.result.images.length === MOST_IMAGES ? ` (the best ${MOST_IMAGES} were searched for)` : "";
   const searched = `${state.result.searched.regions.toLocaleString("en")} regions in ${(1000 * state.result.seconds).toFixed(0)} ms`;
-  at.summary.textContent = `${images.length ? `${count} detections in ${images.length} images${most}.` : "Nothing was found above this score."} ${searched}.`;
+  at.summary.textContent = `${images.length ? `${counted(count, "detection")} in ${counted(images.length, "image")}${most}.` : "Nothing was found above this score."} ${searched}.`;
   at.threshold.setAttribute("aria-valuetext", `${threshold}, ${images.length} images shown`);
   at.grid.replaceChildren(...images.slice(0, state.shown).map(entry));
   at.more.hidden = images.length <= state.shown;

@@ -28,6 +28,14 @@ from proxydet.modeling.weights import weights_digest
 from proxydet.serve.app import Served, ServingSettings, build_app
 from proxydet.serve.examples import Example
 from proxydet.visualization.drawing import instance_colours
+from proxydet.visualization.report import (
+    CaptionedImage,
+    Command,
+    Report,
+    Section,
+    Table,
+    write_report,
+)
 from proxydet.vocabulary.exemplars import STATISTICS_NAME, RegionStatistics
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -137,7 +145,8 @@ def test_from_a_dropped_image_to_downloads(page, detector, png, pixels, tmp_path
         f"{label} {score:.2f}" for label, score in zip(wanted.labels, wanted.scores, strict=True)
     ]
     assert page.rows() == lines
-    assert page["summary"].text.startswith(f"{len(wanted)} detections: ")
+    plural = "" if len(wanted) == 1 else "s"
+    assert page["summary"].text.startswith(f"{len(wanted)} detection{plural}: ")
 
     # The slider filters without another request.
     full = page.drawn()
@@ -375,6 +384,18 @@ def test_loading_is_shown(detector, start_server, driver, png):
         driver.get("about:blank")
 
 
+def test_no_placeholder_is_cut(page):
+    cut = page.driver.execute_script(
+        """return [...document.querySelectorAll("input[placeholder]")].filter((input) => {
+             const pen = document.createElement("canvas").getContext("2d"), style = getComputedStyle(input);
+             pen.font = style.font;
+             const room = input.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+             return pen.measureText(input.placeholder).width > room;
+           }).map((input) => input.id)"""
+    )
+    assert cut == []
+
+
 def test_a_narrow_window_needs_no_sideways_scrolling(page, png):
     page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
     page.until(lambda: page["results"].is_displayed())
@@ -387,6 +408,31 @@ def test_a_narrow_window_needs_no_sideways_scrolling(page, png):
         assert wide == [360, 360]
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_report_fits_a_phone_and_keeps_its_commands(driver, tmp_path):
+    command = "proxydet train --recipe quickstart --data 'a  b/description.toml' --dry-run"
+    section = Section(
+        title="Scores",
+        tables=[Table(columns=("protocol", "classes", "AP"), rows=[("LVIS", "novel", 1.0)] * 2)],
+        plots=['<svg width="900" height="90"></svg>'],
+        images=[CaptionedImage(image=Image.new("RGB", (640, 320)), caption="a.jpg")],
+        commands=[Command(command=command, does="Plans a training.")],
+    )
+    report = Report(title="Report", summary="", facts=[("AP", "57.6 ± 4.0")], sections=[section])
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        driver.get(write_report(report, tmp_path / "report.html").as_uri())
+        wide = "return [document.documentElement.scrollWidth, innerWidth]"
+        assert driver.execute_script(wide) == [390, 390]
+        words = driver.find_elements(By.CSS_SELECTOR, "pre span")
+        assert max(word.rect["height"] for word in words) < 30, "a word is broken"
+        text = "return document.querySelector('pre code').textContent"
+        assert driver.execute_script(text) == command
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        driver.get("about:blank")
 
 
 def test_the_search_page_from_words_to_saved_lists(detector, start_server, driver, tmp_path):

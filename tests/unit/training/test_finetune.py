@@ -245,7 +245,11 @@ def test_a_report_says_what_was_not_measured():
     content = {"own": own, "kept": kept, "weights": "model_best.safetensors"}
     text = report_text(content)
     assert "25.0 before, 50.0 after" in text
+    assert "1 own classes, box AP: 25.0" in text
     assert "40.0 before, 39.0 after (-1.0)" in text
+    nothing = {"classes": 0, "before_ap": None, "after_ap": None}
+    text = report_text({**content, "kept": {**kept, "types": {"bbox": nothing, "segm": nothing}}})
+    assert text.count("old has no annotations") == 1
     probe = {"how": "probe", "why": "no data", "images": 4, "found_before": 10, "found_after": 9}
     text = report_text({**content, "own": {**own, "after": None}, "kept": probe})
     assert "no validation images" in text

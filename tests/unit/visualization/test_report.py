@@ -111,6 +111,14 @@ def test_sentences_wrap_and_headings_are_above_what_they_head():
     assert '<th scope="col">weight<' in text
 
 
+def test_two_images_side_by_side_get_wide_columns():
+    for width, wide in ((30, False), (64, True)):
+        image = CaptionedImage(image=Image.new("RGB", (width, 30)), caption="")
+        section = Section(title="", images=[image])
+        text = render_report(Report(title="", summary="", facts=(), sections=[section]))
+        assert ('class="gallery wide"' in text) == wide
+
+
 def test_paragraphs_are_split_at_blank_lines():
     section = Section(title="t", text="one\n\n two\nthree")
     text = render_report(Report(title="r", summary="", facts=[], sections=[section]))

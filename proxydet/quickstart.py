@@ -676,8 +676,8 @@ def _scores_section(result: QuickstartResult) -> Section:
         text=(
             "Average precision in percent. LVIS's federated protocol asks in each image only for some classes, those that "
             "somebody checked; COCO's asks for all of them, so that every wrong label counts, and its numbers are lower. "
-            "Novel classes are the rare ones here; some of them have images of single objects in training (covered), the "
-            "others have none."
+            "Novel classes are the rare ones here; for some of them, training has images of single objects "
+            "(with image labels)."
         ),
         tables=[Table(columns=("protocol", "classes", "scored", "AP", "AP50", "AP75"), rows=rows)],
         plots=[svg_of(bar_plot(bars, label="AP50"))],

@@ -536,7 +536,8 @@ def _notes(content: Mapping[str, Any]) -> list[str]:
 def _write_page(folder: RunFolder, content: Mapping[str, Any]) -> None:
     columns, scores = ("AP in percent", "before", "after", "change"), _scores(content)
     tables = [Table(columns=columns, rows=scores)] if scores else ()
-    sections = [Section(title="Result", text="\n\n".join(_notes(content)), tables=tables)]
+    notes = "\n\n".join(note[0].upper() + note[1:] for note in _notes(content))
+    sections = [Section(title="Result", text=notes, tables=tables)]
     for kind, part in sorted(content["kept"].get("types", {}).items()):
         rows = [(row["name"], *_row(row["before_ap"], row["after_ap"])) for row in part["by_class"]]
         if rows:
@@ -551,8 +552,8 @@ def _write_page(folder: RunFolder, content: Mapping[str, Any]) -> None:
         words = ", ".join((others or content["own"]["classes"])[:2])
     predict = f"proxydet predict --run {run} photo.jpg"
     commands = [
-        Command(command=predict, does="finds your classes"),
-        Command(command=f"{predict} -v {shlex.quote(words)}", does="finds any other classes"),
+        Command(command=predict, does="Find your classes."),
+        Command(command=f"{predict} -v {shlex.quote(words)}", does="Find any other classes."),
     ]
     sections.append(Section(title="Next", commands=commands))
     own = content["own"]

@@ -84,6 +84,8 @@ def loss_plot(
             if reference and name in reference:
                 bottom, top = axes.get_ylim()
                 _draw_curve(axes, name, reference[name], _REFERENCE)
+                for line in axes.lines[2:]:
+                    line.set_zorder(1.5)  # below the run's
                 axes.set_ylim(min(bottom, axes.get_ylim()[0]), max(top, axes.get_ylim()[1]))
         if reference is not None:
             figure.suptitle("in colour this run, in grey the reference", fontsize=9)

@@ -87,6 +87,17 @@ def test_records_that_are_gone_are_written_again_and_named(first, tmp_path, capl
     assert "again" not in caplog.text
 
 
+def test_a_finished_run_is_plotted_next_to_a_log_by_the_command(first, cli, tmp_path):
+    folder = shutil.copytree(first.folder, tmp_path / "run")
+    log = tmp_path / "metrics.json"
+    log.write_text('{"iteration": 5, "total_loss": 3.0}\n')
+    words = ("--config", folder / "config.yaml", "--output", folder, "--reference", log)
+    code, out, err = cli("train", *words)
+    assert code == 0, err
+    assert "nothing to do" in out + err
+    assert (folder / "plots/reference.png").stat().st_size > 1000
+
+
 def test_every_part_of_the_method_has_a_loss(first):
     names = set(first.losses)
     assert {"cmm_loss_stage2", "image_loss_stage0", "loss_mask", "loss_centernet_loc"} <= names

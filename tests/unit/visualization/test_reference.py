@@ -115,6 +115,8 @@ def test_panels_show_both_curves_in_full():
     both, own = figure.axes
     assert [tuple(line.get_xdata()) for line in both.lines[1::2]] == [(1.0,), (9.0,)]
     assert both.get_ylim()[1] > 40
+    run, reference = both.lines[1::2]
+    assert run.zorder > reference.zorder, "the run is hidden"
     assert len(own.lines) == 2
 
 

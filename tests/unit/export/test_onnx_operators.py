@@ -80,3 +80,24 @@ def test_a_threshold_that_nothing_passes_and_scores_of_nothing(session):
     boxes, scores = drawn(12, 3)
     assert run(session, boxes, scores, torch.tensor(2.0))[1:] == [[], []]
     assert run(session, boxes, scores * 0, torch.tensor(0.0)) == [[12] * LIMIT, [], []]
+
+
+class Probabilities(nn.Module):
+    """Probabilities as the detector's heads make them."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return the sigmoid."""
+        return logits.sigmoid()
+
+
+def test_small_probabilities_are_exact_in_proportion(detector, tmp_path):
+    """onnxruntime's ``Sigmoid`` gives 0 for the smallest, and a product of powers with them is 0 too."""
+    path = tmp_path / "sigmoid.onnx"
+    logits = torch.linspace(-80, 80, 321)
+    program = torch.export.export(Probabilities(), (logits,), strict=False)
+    save_onnx(program, path, describe(detector), 18, output_names=("probabilities",))
+    (found,) = onnxruntime.InferenceSession(str(path)).run(None, {"logits": logits.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), logits.sigmoid(), rtol=1e-5, atol=0.0)
+    extreme = torch.full_like(logits, -1000.0)
+    (found,) = onnxruntime.InferenceSession(str(path)).run(None, {"logits": extreme.numpy()})
+    assert not found.any()
